@@ -1,0 +1,42 @@
+"""Helpers of the tests: scripts are loaded from their files, as a reader would run them; nothing is a package."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+FOLDERS = ["cartpole_reinforce", "lunarlander_ppo", "tictactoe_actorcritic", "spo_dummy", "grpo_lm", "kl_bernoulli_gsm8k",
+           "reinforce_rlhf"]
+
+
+def load(relative):
+    """The module in a script's file."""
+    path = REPO / relative
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module               # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script, *arguments, cwd=None, env=None, timeout=300):
+    """Runs a script in a process of its own, without a display. Returns the completed process, output as text."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    return subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, env=environment | (env or {}),
+                          capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+def assert_one_line_error(process, *words):
+    """Exit status 2, one line on stderr, no traceback, and the words in it."""
+    assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
+    assert process.stderr.count("\n") == 1, process.stderr
+    for word in words:
+        assert word in process.stderr, process.stderr
+
+
+@pytest.fixture(scope="session")
+def repo():
+    return REPO

@@ -1,0 +1,136 @@
+"""What a machine can check of the house style, for every lesson that exists."""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from conftest import FOLDERS, REPO, run
+
+ALLOWED = {"torch", "gymnasium", "transformers", "accelerate", "numpy", "matplotlib", "tqdm", "PIL", "safetensors", "tokenizers",
+           "huggingface_hub", "yaml"}
+OPTIONAL = {"datasets", "wandb", "tensorboard", "deepspeed"}      # inside a function, behind a flag
+BROUGHT_ALONG = {"PIL": "matplotlib", "safetensors": "transformers", "tokenizers": "transformers", "huggingface_hub": "transformers",
+                 "yaml": "transformers"}
+TOP_LEVEL = {*FOLDERS, "tests", "requirements.txt", "README.md", "LICENSE", "pytest.ini", ".gitignore", ".ci", ".gitattributes"}
+LESSONS = [folder for folder in FOLDERS if (REPO / folder).is_dir()]
+SCRIPTS = sorted(path for folder in LESSONS for path in (REPO / folder).glob("*.py"))
+READMES = [REPO / "README.md", *(REPO / folder / "README.md" for folder in LESSONS)]
+OWN_CODE = {"main", "parse_args", "Config"}      # the names that may stand for different code in two scripts of a folder
+per_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+per_lesson = pytest.mark.parametrize("folder", LESSONS)
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+            ["." if node.level else node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            yield name.split(".")[0] or ".", node.col_offset
+
+
+def pep723(script):
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(encoding="utf8"), re.M)
+    assert block, f"{script.name} has no PEP 723 block"
+    return tomllib.loads(re.sub(r"^# ?", "", block.group(1), flags=re.M))
+
+
+def pins(lines):
+    found = {}
+    for line in lines:
+        match = re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?==([\w.]+)", line.strip())
+        assert match, f"not an exact pin: {line}"
+        found[match.group(1)] = match.group(2)
+    return found
+
+
+def code_of(node):
+    """Source of a function without docstrings and comments."""
+    node = ast.parse(ast.unparse(node)).body[0]
+    for inner in ast.walk(node):
+        body = getattr(inner, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], "value", None), ast.Constant):
+            inner.body = body[1:] or [ast.Pass()]
+    return ast.unparse(node)
+
+
+def test_top_level():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split("\n")
+    if tracked == [""]:
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in tracked if name} <= TOP_LEVEL
+
+
+@per_lesson
+def test_folder_is_complete_and_small(folder):
+    base = REPO / folder
+    assert len(list(base.glob("train_*.py"))) == 1 and list(base.glob("*_eval.py"))
+    assert (base / "README.md").exists() and any((base / "weights").iterdir())
+    size = sum(path.stat().st_size for path in base.rglob("*") if path.is_file() and not {"runs", "__pycache__"} & set(path.parts))
+    assert size < 12 * 2**20
+
+
+@per_script
+def test_imports_only_the_courses_packages(script):
+    block = pins(pep723(script)["dependencies"])
+    for module, column in imports(ast.parse(script.read_text(encoding="utf8"))):
+        if module in sys.stdlib_module_names or module in OPTIONAL and column > 0:
+            continue
+        assert module in ALLOWED
+        assert module in block or BROUGHT_ALONG.get(module) in block, f"{module} is missing in the PEP 723 block"
+
+
+@per_script
+def test_pep723_agrees_with_requirements(script):
+    required = pins((REPO / "requirements.txt").read_text().split())
+    assert next(iter(required)) == "torch"        # another package must never choose its version
+    for name, version in pins(pep723(script)["dependencies"]).items():
+        assert required.get(name) == version, name
+
+
+@per_script
+def test_runs_alone_from_an_empty_directory(script, tmp_path):
+    alone, elsewhere = tmp_path / "alone", tmp_path / "elsewhere"
+    alone.mkdir()
+    elsewhere.mkdir()
+    shutil.copy(script, alone)
+    for flag in ("--help", "--smoke"):
+        process = run(alone / script.name, flag, cwd=elsewhere)
+        assert process.returncode == 0, process.stderr
+    assert not list(elsewhere.iterdir()), "a script wrote into the working directory without being asked"
+
+
+@per_lesson
+def test_same_name_same_code(folder):
+    seen = {}
+    for script in sorted((REPO / folder).glob("*.py")):
+        for node in ast.parse(script.read_text(encoding="utf8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN_CODE:
+                other, code = seen.setdefault(node.name, (script.name, code_of(node)))
+                assert code == code_of(node), f"{node.name} differs between {other} and {script.name}"
+
+
+@per_lesson
+def test_equation_tags_stand_in_script_and_readme(folder):
+    tags = [set(re.findall(r"Eq\. (\d+)", path.read_text(encoding="utf8")))
+            for path in (next((REPO / folder).glob("train_*.py")), REPO / folder / "README.md")]
+    assert tags[0] and tags[0] == tags[1]
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_readme_commands_and_links_exist(readme):
+    text = readme.read_text(encoding="utf8")
+    helps = {}
+    for line in re.findall(r"(?:python3?|uv run|accelerate launch)[^\n`|]*?[\w./-]+\.py[^\n`|#]*", text):
+        name, flags = re.search(r"([\w./-]+\.py)(.*)", line).groups()
+        script = next((base / name for base in (REPO, readme.parent) if (base / name).exists()), None)
+        assert script, f"{name} does not exist"
+        if script not in helps:
+            helps[script] = run(script, "--help").stdout
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", flags):
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[script]), f"{name} has no flag {flag}"
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(r'src="(?!https?:)([^"]+)"', text):
+        assert (readme.parent / link).exists(), link
