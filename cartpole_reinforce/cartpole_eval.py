@@ -11,7 +11,7 @@ Shapes: T time steps, N episodes played side by side, one per environment.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[classic-control]==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.0"]
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control]==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///
 import argparse
 import csv
@@ -21,8 +21,10 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import gymnasium as gym
 import numpy as np
 import torch
@@ -129,7 +131,8 @@ def load_policy(weights):
         path = Path(weights) / "best.pt" if Path(weights).is_dir() else Path(weights)
     remedy = "train with python train_cartpole.py, or leave --weights away for the shipped policy"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):            # a refused file is reported below, in one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
         hidden = state["0.weight"].shape[0]
         policy = make_policy(hidden)
         policy.load_state_dict(state)
@@ -177,6 +180,8 @@ def render(policy, args):
     mode = "human" if args.render == "human" and has_display() else "rgb_array"
     if args.render == "human" and mode == "rgb_array":
         print("No display was found: writing a GIF instead of opening a window.")
+    if mode == "rgb_array":
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")         # pygame draws into memory and looks for no display
     episodes = args.episodes or 1
     try:
         returns, frames = play(policy, mode, args.seed, episodes, args.sampled)
@@ -186,6 +191,7 @@ def render(policy, args):
         if mode != "human" or type(problem).__module__.split(".")[0] != "pygame":
             raise
         print("The display cannot be used: writing a GIF instead of opening a window.")
+        os.environ["SDL_VIDEODRIVER"] = "dummy"
         returns, frames = play(policy, "rgb_array", args.seed, episodes, args.sampled)
     if frames:
         out = args.out or Path("cartpole.gif")

@@ -106,6 +106,8 @@ def leave_one_out_baseline(returns, mask):
     Episode i's baseline contains nothing of episode i, so E[∇ log π · b] = b · ∇ Σ_a π(a) = b · ∇ 1 = 0: subtracting it
     leaves the expected gradient unchanged. A mean over all episodes, i included, would shrink the gradient by 1/N.
     """
+    # Returns shrink towards an episode's end (less time is left), so the yardstick has to depend on the time step. Those
+    # who have fallen are left out of the mean: we ask "better than others in my place", and my place is alive at step t.
     total = (returns * mask).sum(dim=1, keepdim=True)             # [T, 1]
     alive = mask.sum(dim=1, keepdim=True)                         # [T, 1]
     # Eq. 4  b_t = (Σ_j m_t·G_t − own G_t) / (number alive − 1)
@@ -120,6 +122,7 @@ def policy_gradient_loss(logprobs, advantages, mask):
     that is correlated with the sum would bias the estimate.
     """
     assert not advantages.requires_grad, "advantages are data: a gradient through them would be another algorithm"
+    # Where A > 0 the gradient raises log π(a_t|s_t), where A < 0 it lowers it; a row with m = 0 contributes nothing.
     # Eq. 5  minus sign because the optimiser descends and we want to climb
     return -(logprobs * advantages * mask).sum() / logprobs.shape[1]
 
@@ -190,12 +193,15 @@ def update(policy, optimizer, batch, config):
     if config.broken == "whiten-episode":
         advantages = whiten_within_episode(returns, mask)         # BREAK: late actions are punished, even in a perfect episode
 
+    # The policy is evaluated a second time, now with a graph, on all T·N rows in one matrix product. It still holds the
+    # weights that acted: one update per batch, then the data are thrown away (on-policy). Lesson 2 reuses them.
     logits = policy(batch["obs"])                                                       # [T, N, 2]
     all_logprobs = torch.log_softmax(logits, dim=-1)                                    # [T, N, 2]
     logprobs = all_logprobs.gather(-1, batch["actions"].unsqueeze(-1)).squeeze(-1)      # [T, N]
     loss = policy_gradient_loss(logprobs, advantages, mask)
     if config.broken == "wrong-sign":
         loss = -loss                                              # BREAK: descends the return
+    # No fixed scale in front of the loss: Adam divides each gradient by its own running size, so a constant cancels.
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), math.inf)                 # inf: measures, does not clip
@@ -222,8 +228,9 @@ def whiten_within_episode(returns, mask):
 def train(config, device, log=print):
     """Trains until solved, until max_updates, or until Ctrl-C.
 
-    Returns (state_dict of the best policy, result dictionary, rows for metrics.csv, rows for timing.csv). "Best" is the
-    policy that played the best batch so far, or the one that solved the task.
+    Returns (state_dicts of the best and of the last policy, result dictionary, rows for metrics.csv, rows for timing.csv).
+    "Best" is the policy that played the best batch so far, or the one that solved the task. The last one is often worse:
+    nothing in Eq. 5 keeps a good policy good, and one unlucky batch can take a large step away from it.
     """
     torch.manual_seed(config.seed)
     policy = make_policy(config.hidden).to(device)
@@ -269,11 +276,12 @@ def train(config, device, log=print):
         error = f"{problem} in update {number}; try a lower --lr"
     if best_state is None:
         raise KeyboardInterrupt                                   # not one batch was finished: nothing to keep
+    last_state = {name: value.detach().clone() for name, value in policy.state_dict().items()}
     policy.load_state_dict(best_state)
     result = evaluate(policy, config.eval_episodes, seed=2_000_000 + config.seed)       # seeds that decided nothing
     result |= dict(solved=solved, interrupted=interrupted, error=error, updates=len(metrics), env_steps=env_steps,
                    episodes=len(metrics) * config.batch_episodes, train_seconds=seconds)
-    return best_state, result, metrics, timing
+    return dict(best=best_state, last=last_state), result, metrics, timing
 
 
 # ---- files, plot, command line --------------------------------------------------------------------------------------
@@ -374,12 +382,13 @@ def main():
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another directory")
     try:
-        best_state, result, metrics, timing = train(config, device, log)
+        states, result, metrics, timing = train(config, device, log)
     except KeyboardInterrupt:
         fail("interrupted before the first batch was complete: there are no weights to keep")
-    weights = io.BytesIO()
-    torch.save(best_state, weights)
-    write(args.out / "best.pt", weights.getvalue())
+    for name, state in states.items():
+        weights = io.BytesIO()
+        torch.save(state, weights)
+        write(args.out / f"{name}.pt", weights.getvalue())
     write(args.out / "metrics.csv", csv_text([dict.fromkeys(max(metrics, key=len), "") | row for row in metrics]))
     write(args.out / "timing.csv", csv_text(timing))
     write(args.out / "eval.json", json.dumps({name: result[name] for name in ("greedy", "sampled")}, indent=1) + "\n")
@@ -398,7 +407,12 @@ def main():
     log(f"Look at curve.png: how much of the scatter of G the baseline takes away. Then: python cartpole_eval.py --weights latest --render human")
     if result["error"]:
         fail(f"{result['error']}; the best weights so far are in {args.out / 'best.pt'}")
+    if result["interrupted"]:
+        raise SystemExit(130)                                     # the shell's status for Ctrl-C, so that a loop over seeds stops
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted while writing the results; start again with another --out")
