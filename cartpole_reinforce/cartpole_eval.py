@@ -3,7 +3,7 @@
     python cartpole_eval.py                              100 fresh episodes of the shipped policy, greedy and sampled
     python cartpole_eval.py --weights latest --render human          watch the policy you just trained in a window
     python cartpole_eval.py --render gif --out after.gif             the same without a display
-    python cartpole_eval.py --study runs/study           re-makes the README's table and figures (about three minutes)
+    python cartpole_eval.py --study runs/study           re-makes the README's table and figures (about four minutes)
 
 Keys of --json FILE: greedy and sampled, each with mean, std (unbiased), min (returns, 0-500), episodes, and
 fraction_solved (share of episodes with a return of at least 475, 0-1).
@@ -207,72 +207,74 @@ def render(policy, args):
 
 # ---- the study behind the README ------------------------------------------------------------------------------------
 
-def study(directory, seeds=10, break_seeds=5, max_updates=60):
-    """Trains `seeds` runs as shipped and `break_seeds` runs of every broken variant; writes two figures and tables."""
+def study(directory):
+    """Trains the README's runs one after the other: ten seeds as shipped, then every variant on five seeds, once with 16
+    and once with 4 episodes per update. Writes tables.md and two figures."""
     from tqdm import tqdm
     if not (HERE / "train_cartpole.py").exists():
         fail("--study runs train_cartpole.py, which is not beside this script")
     if directory.exists() and any(directory.iterdir()):
         fail(f"--study {directory} is not empty; nothing was overwritten, choose another directory")
-    jobs = [("as it is", seed) for seed in range(seeds)] + [(name, seed) for name in BREAKS for seed in range(break_seeds)]
+    variants, budget = ("as it is", *BREAKS), {16: 60, 4: 120}    # episodes per update -> updates at most
+    jobs = [("as it is", 16, seed) for seed in range(10)]
+    jobs += [(name, size, seed) for size in budget for name in variants for seed in range(5) if (name, size) != ("as it is", 16)]
     runs = {}
-    for name, seed in tqdm(jobs, disable=not sys.stderr.isatty(), unit="run"):
-        out = directory / f"{name.replace(' ', '_')}_{seed}"
-        command = [sys.executable, str(HERE / "train_cartpole.py"), "--seed", str(seed), "--out", str(out), "--quiet"]
-        command += [] if name == "as it is" else ["--break", name, "--max-updates", str(max_updates)]
-        subprocess.run(command, check=True)
+    for name, size, seed in tqdm(jobs, disable=not sys.stderr.isatty(), unit="run"):
+        out = directory / f"{name.replace(' ', '_')}_{size}_{seed}"
+        command = [sys.executable, str(HERE / "train_cartpole.py"), "--quiet", "--out", str(out), "--seed", str(seed),
+                   "--batch-episodes", str(size), "--max-updates", str(budget[size])]
+        subprocess.run(command + ([] if name == "as it is" else ["--break", name]), check=True)
         curve = [float(row["return_mean"]) for row in csv.DictReader((out / "metrics.csv").open(encoding="utf8"))]
-        result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        runs[name, seed] = (curve, result)
+        runs[name, size, seed] = curve, json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
 
     lines = ["| seed | solved | episodes | steps | training s | greedy mean | sampled mean |", "|---|---|---|---|---|---|---|"]
-    for seed in range(seeds):
-        _, r = runs["as it is", seed]
+    for seed in range(10):
+        r = runs["as it is", 16, seed][1]
         lines.append(f"| {seed} | {'yes' if r['solved'] else 'NO'} | {r['episodes']} | {r['env_steps']:,} | {r['train_seconds']:.2f} "
                      f"| {r['greedy']['mean']:.1f} | {r['sampled']['mean']:.1f} |")
-    lines += ["", f"Seeds 0 to {break_seeds - 1}, at most {max_updates} updates; mean return of the best weights, 100 fresh episodes:", "",
-              "| variant | solved | episodes to solve, median | greedy, worst to best seed | sampled, worst to best seed |", "|---|---|---|---|---|"]
-    for name in ("as it is", *BREAKS):
-        results = [runs[name, seed][1] for seed in range(break_seeds)]
-        solved = [r["episodes"] for r in results if r["solved"]]
-        spread = {key: sorted(r[key]["mean"] for r in results) for key in ("greedy", "sampled")}
-        lines.append(f"| {name} | {len(solved)} of {break_seeds} | {f'{np.median(solved):.0f}' if solved else '-'} "
-                     f"| {spread['greedy'][0]:.0f} - {spread['greedy'][-1]:.0f} | {spread['sampled'][0]:.0f} - {spread['sampled'][-1]:.0f} |")
+    for size, updates in budget.items():
+        lines += ["", f"{size} episodes per update, at most {updates} updates, seeds 0 to 4; best weights, 100 fresh episodes:", "",
+                  "| variant | solved | episodes to solve | greedy mean, each seed | sampled mean, each seed |", "|---|---|---|---|---|"]
+        for name in variants:
+            results = [runs[name, size, seed][1] for seed in range(5)]
+            means = [", ".join(f"{r[key]['mean']:.0f}" for r in results) for key in ("greedy", "sampled")]
+            lines.append(f"| {name} | {sum(r['solved'] for r in results)} of 5 "
+                         f"| {', '.join(str(r['episodes']) if r['solved'] else '–' for r in results)} | {means[0]} | {means[1]} |")
     write(directory / "tables.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    def curves(name, count, length):
-        """[count, length]: a run that has stopped goes on counting with its last batch."""
-        return np.array([np.pad(runs[name, s][0][:length], (0, max(0, length - len(runs[name, s][0]))), mode="edge")
-                         for s in range(count)])
+    def curves(name, size, seeds, length):
+        """[seeds, length]: a run that has stopped goes on counting with its last batch."""
+        return np.array([np.pad(runs[name, size, s][0], (0, length - len(runs[name, size, s][0])), mode="edge") for s in range(seeds)])
 
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    length = max(len(runs["as it is", seed][0]) for seed in range(seeds))
-    bundle, episodes = curves("as it is", seeds, length), 16 * np.arange(1, length + 1)
-    axes.plot(episodes, bundle.T, color="C0", alpha=0.2, linewidth=0.8)
-    axes.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), alpha=0.12, label=f"range of {seeds} seeds")
+    length = max(len(runs["as it is", 16, seed][0]) for seed in range(10))
+    bundle, episodes = curves("as it is", 16, 10, length), 16 * np.arange(1, length + 1)
+    axes.plot(episodes, bundle.T, color="C0", alpha=0.25, linewidth=0.8)
+    axes.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), alpha=0.12, label="range of 10 seeds")
     axes.plot(episodes, np.median(bundle, axis=0), color="C0", linewidth=2.5, label="median")
     axes.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
     axes.axhline(SAMPLED_TARGET, color="C2", linestyle="--", label="target")
     axes.set(xlabel="episodes", ylabel="mean return of the batch", ylim=(0, 520), title="REINFORCE on CartPole-v1")
     axes.legend(loc="lower right")
     figure.savefig(directory / "learning_curve.png", dpi=110)
-    figure, panels = plt.subplots(1, len(BREAKS), figsize=(13, 3.2), sharey=True, layout="constrained")
-    episodes = 16 * np.arange(1, max_updates + 1)
-    reference = np.median(curves("as it is", break_seeds, max_updates), axis=0)
-    for panel, name in zip(panels, BREAKS):
-        bundle = curves(name, break_seeds, max_updates)
-        panel.plot(episodes, reference, color="C0", linewidth=1.5, label="as it is")
-        panel.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), color="C3", alpha=0.15)
-        panel.plot(episodes, np.median(bundle, axis=0), color="C3", linewidth=2, label="broken")
-        panel.axhline(RANDOM_RETURN, color="grey", linestyle=":")
-        panel.set(title=name, xlabel="episodes", ylim=(0, 520))
-    panels[0].set_ylabel("mean return of the batch")
-    panels[0].legend(loc="lower right", fontsize=8)
-    figure.savefig(directory / "ablation.png", dpi=100)
+
+    figure, grid = plt.subplots(2, len(BREAKS), figsize=(13, 5.6), sharey=True, layout="constrained")
+    for row, (size, updates) in zip(grid, budget.items()):
+        episodes = size * np.arange(1, updates + 1)
+        for panel, name in zip(row, BREAKS):
+            for variant, colour in (("as it is", "C0"), (name, "C3")):
+                bundle = curves(variant, size, 5, updates)
+                panel.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), color=colour, alpha=0.12)
+                panel.plot(episodes, np.median(bundle, axis=0), color=colour, linewidth=2, label=variant)
+            panel.axhline(RANDOM_RETURN, color="grey", linestyle=":")
+            panel.axhline(SAMPLED_TARGET, color="C2", linestyle="--")
+            panel.set(title=name, xlabel="episodes", ylim=(0, 520))
+        row[0].set_ylabel(f"return, {size} episodes per update")
+    figure.savefig(directory / "ablation.png", dpi=90)
     print(f"tables.md, learning_curve.png and ablation.png are in {directory}")
 
 
@@ -289,7 +291,7 @@ def parse_args():
     parser.add_argument("--render", choices=("human", "gif"), help="show episodes in a window or write an animation")
     parser.add_argument("--sampled", action="store_true", help="render the sampled instead of the greedy policy")
     parser.add_argument("--out", type=Path, help="file of the animation (default cartpole.gif)")
-    parser.add_argument("--study", type=Path, metavar="DIR", help="train 35 runs and re-make the README's tables and figures in DIR")
+    parser.add_argument("--study", type=Path, metavar="DIR", help="train 65 runs and re-make the README's tables and figures in DIR")
     parser.add_argument("--smoke", action="store_true", help="4 episodes of a random policy, to see that everything runs")
     args = parser.parse_args()
     if args.episodes is not None and not 1 <= args.episodes <= 100_000:
