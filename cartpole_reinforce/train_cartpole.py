@@ -13,7 +13,7 @@ The algorithm
 
 The equations (README.md derives them)
     Eq. 1   J(θ) = E[ Σ_t r_t ]                                  what we want to be large
-    Eq. 2   ∇J(θ) = E[ Σ_t ∇ log π_θ(a_t|s_t) · (G_t − b_t) ]    the policy gradient: no model of the physics needed
+    Eq. 2   ∇J(θ) = E[ Σ_t ∇ log π_θ(a_t|s_t) · (G_t − b_t) ]    the policy gradient (exact at γ = 1); needs no model of physics
     Eq. 3   G_t = r_t + γ·G_{t+1}                                reward-to-go: an action cannot change the past
     Eq. 4   b_t = mean of G_t over the other episodes alive at t a yardstick that does not depend on the action judged
     Eq. 5   L(θ) = −1/N · Σ_i Σ_t m_t·log π_θ(a_t|s_t)·(G_t − b_t)   its gradient is minus Eq. 2; m_t = 0 after the end
@@ -61,8 +61,8 @@ class Config:
     seed: int = hp(1, "seeds the weights, the action noise and the environments; same seed, same run")
     lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: still falling over after 50 updates")
     gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, but the far future stops counting")
-    batch_episodes: int = hp(16, "N, episodes per update. Too low: a lottery. Too high: every update is good, but there are few of them")
-    hidden: int = hp(64, "units in the hidden layer. Too low: cannot balance. Too high: only slower")
+    batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps, any bug is fatal. Too high: good steps, but few of them")
+    hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly. Too high: only costs time")
     max_updates: int = hp(300, "gives up after this many updates")
     eval_episodes: int = hp(100, "fresh episodes that decide whether the task is solved")
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
@@ -104,7 +104,8 @@ def leave_one_out_baseline(returns, mask):
 
     returns, mask [T, N], mask 1 while an episode lasts. Returns [T, N].
     Episode i's baseline contains nothing of episode i, so E[∇ log π · b] = b · ∇ Σ_a π(a) = b · ∇ 1 = 0: subtracting it
-    leaves the expected gradient unchanged. A mean over all episodes, i included, would shrink the gradient by 1/N.
+    leaves the expected gradient unchanged. A mean over all episodes, i included, would scale step t by 1 − 1/n_t, n_t being the
+    number alive: a different factor at every step, so the direction would be wrong too.
     """
     # Returns shrink towards an episode's end (less time is left), so the yardstick has to depend on the time step. Those
     # who have fallen are left out of the mean: we ask "better than others in my place", and my place is alive at step t.
@@ -154,8 +155,8 @@ def collect(envs, policy, generator, greedy=False):
             actions = (logits if greedy else logits + noise[t]).argmax(dim=-1).cpu().numpy()      # [N]
             obs_buffer[t], actions_buffer[t], mask_buffer[t] = obs, actions, alive
             obs, rewards_buffer[t], terminated, truncated, _ = envs.step(actions)
-            # An episode is over when the pole fell (terminated) or time ran out (truncated). Monte-Carlo returns
-            # treat both alike, which is wrong for the second; lesson 2 bootstraps there.
+            # Over when the pole fell (terminated) or time ran out (truncated). The objective is the return within 500
+            # steps, so both end the sum. A method that estimates the future beyond (the PPO lesson) must tell them apart.
             alive &= ~(terminated | truncated)
             t += 1
     buffers = dict(obs=obs_buffer, actions=actions_buffer, rewards=rewards_buffer, mask=mask_buffer)
@@ -194,7 +195,7 @@ def update(policy, optimizer, batch, config):
         advantages = whiten_within_episode(returns, mask)         # BREAK: late actions are punished, even in a perfect episode
 
     # The policy is evaluated a second time, now with a graph, on all T·N rows in one matrix product. It still holds the
-    # weights that acted: one update per batch, then the data are thrown away (on-policy). Lesson 2 reuses them.
+    # weights that acted: one update per batch, then the data are thrown away (on-policy). PPO reuses them.
     logits = policy(batch["obs"])                                                       # [T, N, 2]
     all_logprobs = torch.log_softmax(logits, dim=-1)                                    # [T, N, 2]
     logprobs = all_logprobs.gather(-1, batch["actions"].unsqueeze(-1)).squeeze(-1)      # [T, N]
@@ -228,7 +229,7 @@ def whiten_within_episode(returns, mask):
 def train(config, device, log=print):
     """Trains until solved, until max_updates, or until Ctrl-C.
 
-    Returns (state_dicts of the best and of the last policy, result dictionary, rows for metrics.csv, rows for timing.csv).
+    Returns (state_dicts of the best and of the last policy, summary, rows for metrics.csv, rows for timing.csv).
     "Best" is the policy that played the best batch so far, or the one that solved the task. The last one is often worse:
     nothing in Eq. 5 keeps a good policy good, and one unlucky batch can take a large step away from it.
     """
@@ -238,7 +239,7 @@ def train(config, device, log=print):
     envs = make_envs(config.batch_episodes, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     best_return, best_state = -math.inf, None
-    metrics, timing, seconds, env_steps, solved, interrupted, error = [], [], 0.0, 0, False, False, ""
+    metrics, timing, seconds, env_steps, checks, solved, interrupted, error = [], [], 0.0, 0, 0, False, False, ""
     log(f"{'update':>6} {'episodes':>8} {'steps':>8} {'return':>7} {'min':>5} {'max':>5} {'entropy':>8} "
         f"{'std G':>7} {'std A':>7} {'|grad|':>7} {'steps/s':>9}")
     try:
@@ -253,6 +254,7 @@ def train(config, device, log=print):
                 best_state = {name: value.detach().clone() for name, value in policy.state_dict().items()}
             if returns.mean() >= SAMPLED_TARGET:
                 # N episodes may be lucky. Fresh episodes decide, and the weights they judged are the ones kept.
+                checks += 1
                 check = evaluate(policy, config.eval_episodes, seed=1_000_000 + 1_000 * config.seed + number)
                 if check["greedy"]["mean"] >= GREEDY_TARGET and check["sampled"]["mean"] >= SAMPLED_TARGET:
                     solved, best_state = True, policy.state_dict()
@@ -274,14 +276,11 @@ def train(config, device, log=print):
         interrupted = True
     except FloatingPointError as problem:
         error = f"{problem} in update {number}; try a lower --lr"
-    if best_state is None:
-        raise KeyboardInterrupt                                   # not one batch was finished: nothing to keep
-    last_state = {name: value.detach().clone() for name, value in policy.state_dict().items()}
-    policy.load_state_dict(best_state)
-    result = evaluate(policy, config.eval_episodes, seed=2_000_000 + config.seed)       # seeds that decided nothing
-    result |= dict(solved=solved, interrupted=interrupted, error=error, updates=len(metrics), env_steps=env_steps,
+    if not metrics:
+        fail(error or "interrupted before the first update was complete: there are no weights to keep")
+    summary = dict(solved=solved, interrupted=interrupted, error=error, updates=len(metrics), env_steps=env_steps, checks=checks,
                    episodes=len(metrics) * config.batch_episodes, train_seconds=seconds)
-    return dict(best=best_state, last=last_state), result, metrics, timing
+    return dict(best=best_state, last=policy.state_dict()), summary, metrics, timing
 
 
 # ---- files, plot, command line --------------------------------------------------------------------------------------
@@ -301,7 +300,7 @@ def write(path, content):
 
 def csv_text(rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, list(max(rows, key=len)), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
     return text.getvalue()
@@ -349,7 +348,7 @@ def parse_args():
     args = parser.parse_args()
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
     checks = [("--lr", 0 < config.lr < math.inf, "above 0", config.lr), ("--gamma", 0 < config.gamma <= 1, "in (0, 1]", config.gamma),
-              ("--seed", 0 <= config.seed < 1_000_000, "in 0 … 999999", config.seed),
+              ("--seed", 0 <= config.seed < 1_000, "in 0 … 999", config.seed),
               ("--batch-episodes", 2 <= config.batch_episodes <= 4096, "in 2 … 4096: the baseline is made of the other episodes", config.batch_episodes),
               ("--hidden", 1 <= config.hidden <= 65536, "in 1 … 65536", config.hidden),
               ("--max-updates", config.max_updates >= 1, "at least 1", config.max_updates),
@@ -362,18 +361,25 @@ def parse_args():
     if args.smoke:
         config = replace(config, max_updates=3, eval_episodes=4)
     args.out = args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}"
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    try:
+        used = args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))
+    except OSError as problem:
+        fail(f"--out {args.out} cannot be used ({problem.strerror}); choose another directory")
+    if used:
         fail(f"--out {args.out} exists and is not an empty directory; nothing was overwritten, choose another name")
     return config, args
 
 
 def main():
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")                  # a Windows pipe may not know α
     config, args = parse_args()
     log = (lambda *text: None) if args.quiet else lambda text: print(text, flush=True)
     torch.set_num_threads(1)      # a network this small is faster on one core than shared between two
     device = torch.device("cpu" if args.device == "auto" else args.device)
     versions = dict(python=platform.python_version(), torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__)
-    log(f"REINFORCE on CartPole-v1 · " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    log("REINFORCE on CartPole-v1 · " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     log(f"device {device} · {sum(p.numel() for p in make_policy(config.hidden).parameters())} parameters · seed {config.seed} · "
         f"expect: solved within 250 to 550 episodes, about a second" + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
@@ -381,16 +387,16 @@ def main():
         write(args.out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another directory")
-    try:
-        states, result, metrics, timing = train(config, device, log)
-    except KeyboardInterrupt:
-        fail("interrupted before the first batch was complete: there are no weights to keep")
+    states, result, metrics, timing = train(config, device, log)
     for name, state in states.items():
         weights = io.BytesIO()
         torch.save(state, weights)
         write(args.out / f"{name}.pt", weights.getvalue())
-    write(args.out / "metrics.csv", csv_text([dict.fromkeys(max(metrics, key=len), "") | row for row in metrics]))
+    write(args.out / "metrics.csv", csv_text(metrics))
     write(args.out / "timing.csv", csv_text(timing))
+    policy = make_policy(config.hidden).to(device)
+    policy.load_state_dict(states["best"])
+    result |= evaluate(policy, config.eval_episodes, seed=2_000_000 + config.seed)      # seeds that decided nothing
     write(args.out / "eval.json", json.dumps({name: result[name] for name in ("greedy", "sampled")}, indent=1) + "\n")
     command = "python train_cartpole.py" + "".join(
         f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))} {getattr(config, f.name)}"
@@ -404,15 +410,16 @@ def main():
     log(f"{verdict}\n{config.eval_episodes} fresh episodes: greedy {result['greedy']['mean']:.1f} (target {GREEDY_TARGET:.0f}), "
         f"sampled {result['sampled']['mean']:.1f} (target {SAMPLED_TARGET:.0f})")
     log(f"weights, metrics and curve are in {args.out}")
-    log(f"Look at curve.png: how much of the scatter of G the baseline takes away. Then: python cartpole_eval.py --weights latest --render human")
+    log(f"Look at curve.png: how much of the scatter of G the baseline takes away. Then: python {HERE / 'cartpole_eval.py'} "
+        f"--weights {args.out} --render human")
     if result["error"]:
         fail(f"{result['error']}; the best weights so far are in {args.out / 'best.pt'}")
     if result["interrupted"]:
-        raise SystemExit(130)                                     # the shell's status for Ctrl-C, so that a loop over seeds stops
+        raise SystemExit(130)                                     # the convention for Ctrl-C: in a shell loop write "|| break"
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted while writing the results; start again with another --out")
+        fail("interrupted while the result was judged or written; what is complete is in the run's directory")

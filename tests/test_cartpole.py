@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -141,8 +140,10 @@ def test_perfect_episodes_leave_the_policy_alone_unless_whitened():
     ones = torch.ones(500, 16)
     returns = train.rewards_to_go(ones, 0.99)
     assert (returns - train.leave_one_out_baseline(returns, ones)).abs().max() < 1e-4
-    whitened = train.whiten_within_episode(returns, ones)
-    assert whitened[:300].min() > 0 and whitened[-50:].max() < -1         # the last actions are "bad" in a perfect episode
+    for gamma, first, last, pushed_down in ((1.0, 1.73, -1.73, 250), (0.99, 0.78, -3.24, 161)):     # the README's figures
+        whitened = train.whiten_within_episode(train.rewards_to_go(ones, gamma), ones)[:, 0]
+        assert whitened[0] == pytest.approx(first, abs=0.01) and whitened[-1] == pytest.approx(last, abs=0.01)
+        assert (whitened < 0).sum() == pushed_down and (whitened[-pushed_down:] < 0).all()
 
 
 # ---- the pure functions ---------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def test_shipped_weights_come_from_the_committed_script(solved):
 
 
 def test_wrong_sign_learns_to_fall():
-    states, result, metrics, _ = train.train(train.Config(broken="wrong-sign", max_updates=40, eval_episodes=20), torch.device("cpu"), lambda _: None)
+    _, result, metrics, _ = train.train(train.Config(broken="wrong-sign", max_updates=40), torch.device("cpu"), lambda _: None)
     assert metrics[-1]["return_mean"] < 12 and not result["solved"]
 
 
@@ -322,7 +323,8 @@ def test_eval_refuses_bad_weights(kind, words, tmp_path):
     assert not (tmp_path / "executed.txt").exists() and not (tmp_path / "e.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--episodes", "0"], ["--json", "no/such/dir/x.json"], ["--render", "film"]])
+@pytest.mark.parametrize("arguments", [["--episodes", "0"], ["--json", "no/such/dir/x.json"], ["--json", "."], ["--render", "film"],
+                                       ["--render", "gif", "--out", "."], ["--smoke", "--study", "x"]])
 def test_eval_refuses_bad_values(arguments):
     assert_one_line_error(call(evaluation, *arguments))
 

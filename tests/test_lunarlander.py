@@ -1,0 +1,334 @@
+"""LunarLander with PPO: advantages and loss against definitions and Stable-Baselines3, ends of episodes by hand, resume to the byte."""
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from hypothesis import given, settings, strategies as st
+
+from conftest import REPO, assert_one_line_error, call, load, run
+
+FOLDER = REPO / "lunarlander_ppo"
+TRAIN, EVAL, WEIGHTS = FOLDER / "train_lunarlander.py", FOLDER / "lunarlander_eval.py", FOLDER / "weights" / "best.pt"
+train, evaluation = load("lunarlander_ppo/train_lunarlander.py"), load("lunarlander_ppo/lunarlander_eval.py")
+torch.set_num_threads(1)
+
+
+def random_batch(T, N, seed):
+    g = torch.Generator().manual_seed(seed)
+    rewards, values, next_values = (torch.randn(T, N, generator=g, dtype=torch.float64) for _ in range(3))
+    terminated = (torch.rand(T, N, generator=g) < 0.2).double()
+    truncated = (torch.rand(T, N, generator=g) < 0.2).double() * (1 - terminated)
+    going_on = 1 - torch.maximum(terminated, truncated)           # within an episode V(s_{t+1}) is one number, seen twice
+    next_values[:-1] = going_on[:-1] * values[1:] + (1 - going_on[:-1]) * next_values[:-1]
+    return rewards, values, next_values, terminated, truncated
+
+
+# ---- advantages -----------------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 9), st.integers(1, 4), st.floats(0.1, 1), st.floats(0, 1), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_gae_equals_its_definition(T, N, gamma, lam, seed):
+    """A_t = Σ_l (γλ)^l δ_{t+l}, the sum ending with the episode."""
+    rewards, values, next_values, terminated, truncated = random_batch(T, N, seed)
+    expected = torch.zeros(T, N, dtype=torch.float64)
+    for i in range(N):
+        for t in range(T):
+            weight = 1.0
+            for k in range(t, T):
+                bootstrap = 0.0 if terminated[k, i] else gamma * next_values[k, i]
+                expected[t, i] += weight * (rewards[k, i] + bootstrap - values[k, i])
+                weight *= gamma * lam
+                if terminated[k, i] or truncated[k, i]:
+                    break
+    advantages, returns = train.compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam)
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, expected + values)
+
+
+def test_gae_equals_stable_baselines3():
+    from stable_baselines3.common.buffers import RolloutBuffer
+    T, N, gamma, lam = 40, 5, 0.99, 0.95
+    rewards, values, next_values, terminated, truncated = random_batch(T, N, 7)
+    done = torch.maximum(terminated, truncated)
+    buffer = RolloutBuffer(T, gym.spaces.Box(-1, 1, (8,)), gym.spaces.Discrete(4), gae_lambda=lam, gamma=gamma, n_envs=N)
+    for t in range(T):
+        start = np.ones(N) if t == 0 else done[t - 1].numpy()
+        reward = rewards[t] + gamma * next_values[t] * truncated[t]         # its way to bootstrap at a time limit
+        buffer.add(np.zeros((N, 8)), np.zeros((N, 1)), reward.numpy(), start, values[t], torch.zeros(N))
+    buffer.compute_returns_and_advantage(next_values[-1], done[-1].numpy())
+    advantages, returns = train.compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam)
+    np.testing.assert_allclose(advantages, buffer.advantages, atol=2e-6)
+    np.testing.assert_allclose(returns, buffer.returns, atol=2e-6)
+
+
+def column(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("name, terminated, truncated, advantages, returns", [
+    ("crash", (0, 0, 1), (0, 0, 0), (0.75, 0.0, -1.0), (2.75, 2.0, 1.0)),
+    ("time limit", (0, 0, 0), (0, 0, 1), (3.25, 5.0, 9.0), (5.25, 7.0, 11.0)),
+    ("end of the batch", (0, 0, 0), (0, 0, 0), (3.25, 5.0, 9.0), (5.25, 7.0, 11.0)),
+    ("crash in the middle", (0, 1, 0), (0, 0, 0), (0.75, -1.0, 9.0), (2.75, 1.0, 11.0)),
+    ("time limit in the middle", (0, 0, 0), (0, 1, 0), (3.25, 9.0, 9.0), (5.25, 11.0, 11.0))])
+def test_ends_of_three_step_episodes_by_hand(name, terminated, truncated, advantages, returns):
+    """γ = λ = 1/2, rewards 1, values 2; behind an end (and behind the batch) the observation is worth 20, within 2.
+
+    δ within is 1 + ½·2 − 2 = 0, behind a time limit 1 + ½·20 − 2 = 9, behind a crash 1 − 2 = −1; A = δ + ¼·A_{t+1}."""
+    ends = [a or b for a, b in zip(terminated, truncated)]
+    next_values = column(*(20.0 if end or t == 2 else 2.0 for t, end in enumerate(ends)))
+    got = train.compute_gae(column(1, 1, 1), column(2, 2, 2), next_values, column(*terminated), column(*truncated), 0.5, 0.5)
+    delta = [(-1 if terminated[t] else 9 if ends[t] or t == 2 else 0) for t in range(3)]
+    expected = [0.0] * 4
+    for t in (2, 1, 0):
+        expected[t] = delta[t] + 0.25 * (0 if ends[t] else expected[t + 1])
+    torch.testing.assert_close(got[0], column(*expected[:3]))
+    torch.testing.assert_close(got[1], column(*expected[:3]) + 2)
+
+
+def test_the_docstrings_examples():
+    rewards, values = column(1, 1), column(2, 2)
+    crash = train.compute_gae(rewards, values, values, column(0, 1), column(0, 0), 1, 1)
+    limit = train.compute_gae(rewards, values, values, column(0, 0), column(0, 1), 1, 1)
+    assert [x.flatten().tolist() for x in (*crash, *limit)] == [[0, -1], [2, 1], [2, 1], [4, 3]]
+    for advantage, loss, slope in ((1.0, -1.2, 0.0), (-1.0, 1.5, 1.5)):
+        logprob = torch.tensor([1.5]).log().requires_grad_()
+        zero = torch.zeros(1)
+        value, _ = train.ppo_loss(logprob, zero, torch.tensor([advantage]), zero, zero, zero, 0.2, 0.5, 0.0)
+        value.backward()
+        assert value.item() == pytest.approx(loss) and logprob.grad.item() == pytest.approx(slope)
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+def loss_batch(seed, B=64):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(B, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(B, generator=g, dtype=torch.float64, requires_grad=True)
+    actions = torch.randint(0, 4, (B,), generator=g)
+    logprobs_all = torch.log_softmax(logits, -1)
+    logprobs = logprobs_all[torch.arange(B), actions]
+    old = (logprobs + 0.4 * torch.randn(B, generator=g, dtype=torch.float64)).detach()      # many ratios outside 1 ± .2
+    return logits, values, logprobs, old, torch.randn(B, generator=g, dtype=torch.float64), -(logprobs_all.exp() * logprobs_all).sum(-1), \
+        torch.randn(B, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradient_equal_a_slow_transcription_of_the_paper(seed):
+    logits, values, logprobs, old, advantages, entropy, returns = loss_batch(seed)
+    slow = 0
+    for b in range(len(old)):
+        r = torch.exp(logprobs[b]) / torch.exp(old[b])
+        clipped = r if 0.8 <= r <= 1.2 else torch.tensor(0.8 if r < 0.8 else 1.2, dtype=torch.float64)
+        objective = r * advantages[b] if r * advantages[b] <= clipped * advantages[b] else clipped * advantages[b]
+        slow = slow - objective + 0.5 * 0.5 * (values[b] - returns[b]) ** 2 - 0.01 * entropy[b]
+    slow = slow / len(old)
+    fast, diagnostics = train.ppo_loss(logprobs, old, advantages, entropy, values, returns, 0.2, 0.5, 0.01)
+    torch.testing.assert_close(fast, slow)
+    assert 0.3 < diagnostics["clipfrac"] < 0.9
+    for a, b in zip(torch.autograd.grad(fast, (logits, values), retain_graph=True), torch.autograd.grad(slow, (logits, values))):
+        torch.testing.assert_close(a, b)
+
+
+def test_loss_gradient_equals_stable_baselines3_on_its_own_batch():
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    envs = make_vec_env("LunarLander-v3", n_envs=4, seed=3, env_kwargs=dict(render_mode=None))
+    model = PPO("MlpPolicy", envs, n_steps=64, batch_size=256, n_epochs=1, learning_rate=0.0, max_grad_norm=1e9, vf_coef=0.25, ent_coef=0.01,
+                clip_range=0.2, gamma=0.999, gae_lambda=0.98, seed=0, device="cpu")
+    _, callback = model._setup_learn(256)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, n_rollout_steps=64)
+    buffer = model.rollout_buffer
+    buffer.log_probs += np.random.default_rng(0).normal(0, 0.3, buffer.log_probs.shape).astype(np.float32)
+    obs, actions, old, advantages, returns = (torch.as_tensor(x).flatten(0, 1) for x in
+                                              (buffer.observations.copy(), buffer.actions.copy(), buffer.log_probs.copy(),
+                                               buffer.advantages.copy(), buffer.returns.copy()))
+    model.train()
+
+    agent, theirs = train.make_agent(64), model.policy
+    pairs = list(zip(agent["actor"][::2], (theirs.mlp_extractor.policy_net[0], theirs.mlp_extractor.policy_net[2], theirs.action_net))) + \
+        list(zip(agent["critic"][::2], (theirs.mlp_extractor.value_net[0], theirs.mlp_extractor.value_net[2], theirs.value_net)))
+    for mine, other in pairs:
+        mine.load_state_dict(other.state_dict())
+    logprobs_all = torch.log_softmax(agent["actor"](obs), -1)
+    logprobs = logprobs_all.gather(-1, actions.long().view(-1, 1)).squeeze(-1)
+    loss, diagnostics = train.ppo_loss(logprobs, old, (advantages - advantages.mean()) / (advantages.std() + 1e-8),
+                                       -(logprobs_all.exp() * logprobs_all).sum(-1), agent["critic"](obs).squeeze(-1), returns, 0.2, 0.5, 0.01)
+    loss.backward()
+    logged = model.logger.name_to_value
+    assert loss.item() == pytest.approx(logged["train/loss"], rel=1e-4)       # their ¼·mean square is our ½·½·mean square
+    assert diagnostics["clipfrac"].item() == pytest.approx(logged["train/clip_fraction"]) and diagnostics["clipfrac"] > 0.2
+    assert diagnostics["approx_kl"].item() == pytest.approx(logged["train/approx_kl"], rel=1e-4)
+    for mine, other in pairs:
+        for name in ("weight", "bias"):
+            torch.testing.assert_close(getattr(mine, name).grad, getattr(other, name).grad, rtol=1e-3, atol=1e-5)
+
+
+# ---- collect: what a step led to ------------------------------------------------------------------------------------
+
+class Clock(gym.Env):
+    """Observation (episode, step, 0 …); ends after 3 steps, by itself in even episodes, by the time limit in odd ones."""
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (8,), np.float32), gym.spaces.Discrete(4)
+    episode = -1
+
+    def observation(self):
+        return np.array([self.episode, self.t, 0, 0, 0, 0, 0, 0], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return self.observation(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observation(), 10.0 * self.episode + self.t, self.t == 3 and self.episode % 2 == 0, self.t == 3 and self.episode % 2 == 1, {}
+
+
+def test_collect_keeps_the_final_observation_and_both_flags():
+    envs = SyncVectorEnv([Clock] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, _ = envs.reset(seed=0)
+    batch, after = train.collect(envs, obs, train.make_agent(8)["actor"], 7, torch.Generator().manual_seed(0))
+    assert batch["obs"][:, 0, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2, 0]]
+    assert batch["next_obs"][:, 0, :2].tolist() == [[0, 1], [0, 2], [0, 3], [1, 1], [1, 2], [1, 3], [2, 1]]
+    assert batch["terminated"][:, 1].tolist() == [0, 0, 1, 0, 0, 0, 0] and batch["truncated"][:, 1].tolist() == [0, 0, 0, 0, 0, 1, 0]
+    assert after[0, :2].tolist() == [2, 1]
+    returns, lengths = np.zeros(2), np.zeros(2, int)
+    assert train.finished_flights(batch, returns, lengths) == [(6.0, 3), (6.0, 3), (36.0, 3), (36.0, 3)]
+    assert returns.tolist() == [21, 21] and lengths.tolist() == [1, 1]
+
+
+def test_first_minibatch_has_ratio_one_and_constant_rewards_move_nothing():
+    torch.manual_seed(0)
+    agent = train.make_agent(16)
+    envs = SyncVectorEnv([Clock] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, _ = envs.reset(seed=0)
+    batch, _ = train.collect(envs, obs, agent["actor"], 8, torch.Generator().manual_seed(0))
+    config = train.Config(epochs=1, minibatch=32, lr=1e-9)
+    result = train.update(agent, torch.optim.Adam(agent.parameters(), lr=1e-9), batch, config, torch.Generator().manual_seed(0))
+    assert abs(result["approx_kl"]) < 1e-9 and result["clipfrac"] == 0 and result["gradient_steps"] == 1
+    assert result["entropy"] == pytest.approx(np.log(4), abs=1e-3)
+
+
+# ---- the scripts as they are used -----------------------------------------------------------------------------------
+
+SMALL = ["--total-steps", "6144", "--num-envs", "4", "--num-steps", "64", "--minibatch", "64", "--eval-every", "4", "--eval-episodes", "2", "--quiet"]
+
+
+def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
+    assert run(TRAIN, *SMALL, "--out", tmp_path / "whole").returncode == 0
+    rng, kills = random.Random(os.getpid()), 0
+    process = subprocess.Popen([sys.executable, str(TRAIN), *SMALL, "--out", str(tmp_path / "killed")])
+    for attempt in range(3):
+        while not (tmp_path / "killed" / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.8) if attempt == 0 else rng.uniform(2, 4))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        process = subprocess.Popen([sys.executable, str(TRAIN), "--quiet", "--resume", str(tmp_path / "killed")])
+    assert process.wait(timeout=120) == 0 and kills >= 1
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert {path.name for path in whole.iterdir()} == {path.name for path in killed.iterdir()}
+    for name in ("metrics.csv", "best.pt", "last.pt", "config.json", "eval.json", "curve.png"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    assert len((whole / "timing.csv").read_text().split("\n")) == len((killed / "timing.csv").read_text().split("\n"))
+    a, b = (torch.load(base / "checkpoint.pt", weights_only=True) for base in (whole, killed))
+    for name in a["agent"]:
+        assert torch.equal(a["agent"][name], b["agent"][name])
+    for key in a["optimizer"]["state"]:
+        assert all(torch.equal(a["optimizer"]["state"][key][n], b["optimizer"]["state"][key][n]) for n in ("step", "exp_avg", "exp_avg_sq"))
+    assert torch.equal(a["generator"], b["generator"]) and a["state"]["recent"] == b["state"]["recent"]
+
+
+def test_a_short_run_beats_the_random_policy_by_far(tmp_path):
+    result = train.train(train.Config(seed=5, total_steps=204_800), tmp_path, torch.device("cpu"), lambda _: None)
+    assert result["best_eval"] > -80              # the random policy: about -180
+
+
+def test_shipped_weights_meet_their_figures(tmp_path):
+    process = run(EVAL, "--json", tmp_path / "e.json")
+    assert process.returncode == 0, process.stderr
+    greedy = json.loads((tmp_path / "e.json").read_text())["greedy"]
+    assert greedy["episodes"] == 100 and greedy["mean"] >= 275 and greedy["fraction_solved"] >= 0.98
+
+
+def test_gif_and_comparison_without_a_display(tmp_path):
+    from PIL import Image
+    process = run(EVAL, "--render", "human", "--weights", "random", "--out", tmp_path / "x.gif")
+    assert process.returncode == 0 and "No display" in process.stdout, process.stderr
+    with Image.open(tmp_path / "x.gif") as picture:
+        assert picture.n_frames > 10 and picture.size == (300, 200)
+    process = run(EVAL, "--compare", "random", FOLDER / "weights", "--episodes", "5", "--out", tmp_path / "c.png")
+    assert process.returncode == 0 and (tmp_path / "c.png").exists(), process.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
+    assert run(TRAIN, *SMALL, "--total-steps", "1024", "--out", tmp_path / "run").returncode == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text()) | dict(total_steps=4096)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    saved["agent"]["actor.4.bias"][0] = float("nan")
+    torch.save(saved, tmp_path / "run" / "checkpoint.pt")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "run"), "not finite", "update 5", "checkpoint")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--lr", "0"], ["--lr", "above 0"]), (["--gamma", "1.01"], ["--gamma"]), (["--gae-lambda", "-1"], ["--gae-lambda"]),
+    (["--clip", "0"], ["--clip"]), (["--epochs", "0"], ["--epochs"]), (["--num-envs", "0"], ["--num-envs"]), (["--steps", "1"], ["--help"]),
+    (["--break", "all"], ["no-clip"]), (["--total-steps", "0"], ["--total-steps"]), (["--minibatch", "1"], ["--minibatch"])])
+def test_trainer_refuses_bad_values(arguments, words, tmp_path):
+    assert_one_line_error(call(train, *arguments, "--out", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_refuses_what_is_not_its_run(tmp_path):
+    assert_one_line_error(call(train, "--resume", tmp_path / "nowhere"), "no such directory")
+    assert_one_line_error(call(train, "--resume", tmp_path), "config.json")
+    config = {f.name: f.default for f in train.fields(train.Config)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_one_line_error(call(train, "--resume", tmp_path), "checkpoint")
+    assert_one_line_error(call(train, "--resume", tmp_path, "--gamma", "0.9"), "gamma", "0.9", "0.999")
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "clip"}))
+    assert_one_line_error(call(train, "--resume", tmp_path), "clip", "missing")
+
+
+def test_a_used_directory_is_not_overwritten(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_one_line_error(call(train, "--out", tmp_path), "--resume")
+
+
+class Code:
+    def __reduce__(self):
+        return open, ("executed.txt", "w")
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "shape", "text", "pickle", "zip-pickle", "empty"])
+def test_eval_refuses_bad_weights(kind, tmp_path):
+    path, good = tmp_path / "w.pt", WEIGHTS.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(good[:len(good) // 2])
+    elif kind == "shape":
+        torch.save({"actor.0.weight": torch.zeros(8, 5)}, path)
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Code()))
+    elif kind == "zip-pickle":
+        torch.save(Code(), path)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    assert_one_line_error(call(evaluation, "--weights", path, "--json", tmp_path / "e.json", cwd=tmp_path), "shipped")
+    assert not (tmp_path / "executed.txt").exists() and not (tmp_path / "e.json").exists()
