@@ -128,14 +128,17 @@ def load_policy(weights):
             fail(f"--weights latest: there is no run in {HERE / 'runs'} yet; run python train_cartpole.py first")
         path = runs[-1]
     else:
-        path = Path(weights) / "best.pt" if Path(weights).is_dir() else Path(weights)
+        path = Path(weights)
     remedy = "train with python train_cartpole.py, or leave --weights away for the shipped policy"
     try:
+        path = path / "best.pt" if path.is_dir() else path
         with warnings.catch_warnings(action="ignore"):            # a refused file is reported below, in one line
             state = torch.load(path, map_location="cpu", weights_only=True)
         hidden = state["0.weight"].shape[0]
         policy = make_policy(hidden)
         policy.load_state_dict(state)
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise KeyError("not a number")
     except FileNotFoundError:
         fail(f"there are no weights at {path}; {remedy}")
     except pickle.UnpicklingError:
@@ -300,7 +303,11 @@ def parse_args():
     if not 0 <= args.seed < 2**31:
         fail(f"--seed must be in 0 … 2147483647, not {args.seed}")
     for flag, path in (("--json", args.json), ("--out", args.out)):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        try:
+            good = not path or not path.is_dir() and path.absolute().parent.is_dir()
+        except OSError:
+            good = False
+        if not good:
             fail(f"{flag} {path} must be a file in a directory that exists")
     if sum(map(bool, (args.json, args.render, args.study, args.smoke))) > 1:
         fail("--json, --render, --study and --smoke do different things; give one of them")

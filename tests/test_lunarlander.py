@@ -75,25 +75,20 @@ def column(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)[:, None]
 
 
-@pytest.mark.parametrize("name, terminated, truncated, advantages, returns", [
-    ("crash", (0, 0, 1), (0, 0, 0), (0.75, 0.0, -1.0), (2.75, 2.0, 1.0)),
-    ("time limit", (0, 0, 0), (0, 0, 1), (3.25, 5.0, 9.0), (5.25, 7.0, 11.0)),
-    ("end of the batch", (0, 0, 0), (0, 0, 0), (3.25, 5.0, 9.0), (5.25, 7.0, 11.0)),
-    ("crash in the middle", (0, 1, 0), (0, 0, 0), (0.75, -1.0, 9.0), (2.75, 1.0, 11.0)),
-    ("time limit in the middle", (0, 0, 0), (0, 1, 0), (3.25, 9.0, 9.0), (5.25, 11.0, 11.0))])
-def test_ends_of_three_step_episodes_by_hand(name, terminated, truncated, advantages, returns):
-    """γ = λ = 1/2, rewards 1, values 2; behind an end (and behind the batch) the observation is worth 20, within 2.
+@pytest.mark.parametrize("name, terminated, truncated, next_values, advantages", [
+    ("crash", (0, 0, 1), (0, 0, 0), (2, 2, 20), (-0.0625, -0.25, -1.0)),
+    ("time limit", (0, 0, 0), (0, 0, 1), (2, 2, 20), (0.5625, 2.25, 9.0)),
+    ("end of the batch", (0, 0, 0), (0, 0, 0), (2, 2, 20), (0.5625, 2.25, 9.0)),
+    ("crash in the middle", (0, 1, 0), (0, 0, 0), (2, 20, 20), (-0.25, -1.0, 9.0)),
+    ("time limit in the middle", (0, 0, 0), (0, 1, 0), (2, 20, 20), (2.25, 9.0, 9.0)),
+    ("crash on the last allowed step", (0, 0, 1), (0, 0, 1), (2, 2, 20), (-0.0625, -0.25, -1.0))])
+def test_gae_by_hand_on_three_steps(name, terminated, truncated, next_values, advantages):
+    """γ = λ = 1/2, rewards 1, values 2; behind an end, and behind the batch, the observation is worth 20.
 
-    δ within is 1 + ½·2 − 2 = 0, behind a time limit 1 + ½·20 − 2 = 9, behind a crash 1 − 2 = −1; A = δ + ¼·A_{t+1}."""
-    ends = [a or b for a, b in zip(terminated, truncated)]
-    next_values = column(*(20.0 if end or t == 2 else 2.0 for t, end in enumerate(ends)))
-    got = train.compute_gae(column(1, 1, 1), column(2, 2, 2), next_values, column(*terminated), column(*truncated), 0.5, 0.5)
-    delta = [(-1 if terminated[t] else 9 if ends[t] or t == 2 else 0) for t in range(3)]
-    expected = [0.0] * 4
-    for t in (2, 1, 0):
-        expected[t] = delta[t] + 0.25 * (0 if ends[t] else expected[t + 1])
-    torch.testing.assert_close(got[0], column(*expected[:3]))
-    torch.testing.assert_close(got[1], column(*expected[:3]) + 2)
+    δ is 1 + ½·2 − 2 = 0 within, 1 + ½·20 − 2 = 9 behind a time limit, 1 − 2 = −1 behind a crash; A = δ + ¼·A_{t+1}."""
+    got = train.compute_gae(column(1, 1, 1), column(2, 2, 2), column(*next_values), column(*terminated), column(*truncated), 0.5, 0.5)
+    torch.testing.assert_close(got[0], column(*advantages))
+    torch.testing.assert_close(got[1], column(*advantages) + 2)
 
 
 def test_the_docstrings_examples():
@@ -145,7 +140,7 @@ def test_loss_gradient_equals_stable_baselines3_on_its_own_batch():
     from stable_baselines3.common.env_util import make_vec_env
     envs = make_vec_env("LunarLander-v3", n_envs=4, seed=3, env_kwargs=dict(render_mode=None))
     model = PPO("MlpPolicy", envs, n_steps=64, batch_size=256, n_epochs=1, learning_rate=0.0, max_grad_norm=1e9, vf_coef=0.25, ent_coef=0.01,
-                clip_range=0.2, gamma=0.999, gae_lambda=0.98, seed=0, device="cpu")
+                clip_range=0.2, policy_kwargs=dict(activation_fn=torch.nn.ReLU), gamma=0.999, gae_lambda=0.98, seed=0, device="cpu")
     _, callback = model._setup_learn(256)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, n_rollout_steps=64)
     buffer = model.rollout_buffer
@@ -207,7 +202,20 @@ def test_collect_keeps_the_final_observation_and_both_flags():
     assert returns.tolist() == [21, 21] and lengths.tolist() == [1, 1]
 
 
-def test_first_minibatch_has_ratio_one_and_constant_rewards_move_nothing():
+def test_actions_are_samples_of_the_softmax():
+    actor = train.make_agent(8)["actor"]
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.zero_()
+        actor[4].bias.copy_(torch.tensor([2.0, 1.0, 0.0, -1.0]))
+    envs = SyncVectorEnv([Clock] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, _ = envs.reset(seed=0)
+    batch, _ = train.collect(envs, obs, actor, 2000, torch.Generator().manual_seed(1))
+    share = torch.bincount(batch["actions"].flatten(), minlength=4) / 8000
+    torch.testing.assert_close(share, actor[4].bias.detach().softmax(-1), atol=0.02, rtol=0)
+
+
+def test_the_first_minibatch_has_ratio_one():
     torch.manual_seed(0)
     agent = train.make_agent(16)
     envs = SyncVectorEnv([Clock] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -251,6 +259,38 @@ def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
     assert torch.equal(a["generator"], b["generator"]) and a["state"]["recent"] == b["state"]["recent"]
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(1, 16))                  # three updates of two rows and three files
+def test_a_kill_before_any_write_changes_nothing(moment, tmp_path, monkeypatch):
+    config = train.Config(total_steps=96, num_envs=2, num_steps=16, minibatch=16, eval_every=1, eval_episodes=1)
+    count = 0
+
+    def go(out):
+        out.mkdir(exist_ok=True)
+        train.train(config, out, torch.device("cpu"), lambda _: None)
+
+    def guard(function):
+        def guarded(*arguments):
+            nonlocal count
+            count += 1
+            if count == moment:
+                raise Killed
+            function(*arguments)
+        return guarded
+
+    go(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "write", guard(train.write))
+        patch.setattr(train, "append_row", guard(train.append_row))
+        go(tmp_path / "killed")
+    go(tmp_path / "killed")
+    for name in ("metrics.csv", "best.pt", "last.pt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
 def test_a_short_run_beats_the_random_policy_by_far(tmp_path):
     result = train.train(train.Config(seed=5, total_steps=204_800), tmp_path, torch.device("cpu"), lambda _: None)
     assert result["best_eval"] > -80              # the random policy: about -180
@@ -288,7 +328,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--lr", "0"], ["--lr", "above 0"]), (["--gamma", "1.01"], ["--gamma"]), (["--gae-lambda", "-1"], ["--gae-lambda"]),
     (["--clip", "0"], ["--clip"]), (["--epochs", "0"], ["--epochs"]), (["--num-envs", "0"], ["--num-envs"]), (["--steps", "1"], ["--help"]),
-    (["--break", "all"], ["no-clip"]), (["--total-steps", "0"], ["--total-steps"]), (["--minibatch", "1"], ["--minibatch"])])
+    (["--break", "all"], ["no-clip"]), (["--total-steps", "0"], ["--total-steps"]), (["--minibatch", "1"], ["--minibatch"]),
+    (["--num-envs", "1", "--num-steps", "17", "--minibatch", "16"], ["one row"]), (["--num-steps", "1"], ["--total-steps", "seeds"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
@@ -303,6 +344,14 @@ def test_resume_refuses_what_is_not_its_run(tmp_path):
     assert_one_line_error(call(train, "--resume", tmp_path, "--gamma", "0.9"), "gamma", "0.9", "0.999")
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "clip"}))
     assert_one_line_error(call(train, "--resume", tmp_path), "clip", "missing")
+    (tmp_path / "config.json").write_text("3")
+    assert_one_line_error(call(train, "--resume", tmp_path), "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(num_envs="many")))
+    assert_one_line_error(call(train, "--resume", tmp_path), "num_envs", "many")
+    for content in (b"", b"garbage"):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        assert_one_line_error(call(train, "--quiet", "--resume", tmp_path), "damaged")
 
 
 def test_a_used_directory_is_not_overwritten(tmp_path):

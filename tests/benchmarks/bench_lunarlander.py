@@ -1,11 +1,11 @@
-"""LunarLander: this collection's PPO against Stable-Baselines3's, one process, same threads, same evaluation.
+"""LunarLander: this collection's PPO against Stable-Baselines3's, one process, same threads, same kind of evaluation.
 
     python tests/benchmarks/bench_lunarlander.py          three seeds each, about fifteen minutes; prints a Markdown table
 
 Both are asked about every 65,536 environment steps whether 20 greedy flights average at least 200 (that time is not counted), and
 go on until their budget of steps is spent; then the final weights fly 100 times. Stable-Baselines3 uses the RL-Zoo settings for
 LunarLander, with plain environments: without `render_mode=None` its make_vec_env would simulate sparks in every step. "Random" is
-SyncVectorEnv with random actions: nothing that learns in it can be faster.
+SyncVectorEnv with random actions: what the environment alone costs.
 """
 import argparse
 import statistics
