@@ -6,7 +6,7 @@
 The algorithm
     repeat
         draw an opponent from the pool of frozen earlier selves
-        play 1,024 games against it, the learner first in half of them; the opponent blunders now and then     play_games
+        play 4,096 games against it, the learner first in half of them; the opponent blunders now and then     play_games
         outcome z in {+1, 0, -1} for every move of the learner; A = z - V(s)                   Eq. 2, 3
         one Adam step on  actor loss + critic loss - entropy bonus                             Eq. 4-6         actor_critic_loss
         every 100 updates: add the learner to the pool; enumerate every game that can happen   Eq. 7           prove
@@ -62,14 +62,14 @@ def hp(default, help, **extra):
 @dataclass
 class Config:
     seed: int = hp(1, "seeds the weights, the games and the opponents; same seed, same run")
-    updates: int = hp(2000, "gradient steps. Too low: losing lines are left")
-    games: int = hp(1024, "B, games per update. Too low: a lucky game teaches a bad move. Too high: few updates a minute")
-    lr: float = hp(2e-3, "α, Adam's step size, annealed to 0. Too high: entropy drops at once and mistakes freeze. Too low: losing lines left")
+    updates: int = hp(1500, "gradient steps. Too low: losing lines are left")
+    games: int = hp(4096, "B, games per update. Too low: a lucky game teaches a bad move. Too high: few updates a minute")
+    lr: float = hp(3e-3, "α, Adam's step size, annealed to 0. Too high: entropy drops at once and mistakes freeze. Too low: losing lines left")
     ent_coef: float = hp(0.1, "c_e, entropy bonus, annealed to 0. Too low: stops looking for better moves. Too high: never commits")
     vf_coef: float = hp(0.5, "c_v, weight of the critic's loss; it matters only through gradient clipping: the networks are separate")
     max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened")
-    opponent_random: float = hp(0.25, "share of the opponent's moves that are random. 0: rare replies never occur. 1: traps beat sound play")
-    exploring_starts: float = hp(0.5, "share of games that start from a position drawn from all 4,520. 0: unusual positions stay unlearned")
+    opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare replies never occur. 1: traps beat sound play")
+    exploring_starts: float = hp(0.9, "share of games that start from a position drawn from all 4,520. 0: unusual positions stay unlearned")
     pool: int = hp(20, "frozen earlier selves kept as opponents. 1: may go round in circles, forgetting old answers")
     hidden: int = hp(128, "units in each of the two hidden layers. Too low: cannot hold all positions")
     prove_every: int = hp(100, "updates between proofs and between additions to the pool")
@@ -475,7 +475,7 @@ def main():
     versions = dict(python=platform.python_version(), torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__)
     log("Self-play on Tic-Tac-Toe · " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     log(f"{sum(p.numel() for p in make_agent(config.hidden).parameters()):,} parameters · seed {config.seed} · expect: no losing line after about "
-        f"a minute" + (f" · BROKEN: {config.broken}" if config.broken else ""))
+        "half a minute" + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
