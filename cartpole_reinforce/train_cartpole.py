@@ -51,20 +51,20 @@ GREEDY_TARGET, SAMPLED_TARGET, RANDOM_RETURN = 500.0, 475.0, 22.0
 BREAKS = ("no-baseline", "no-reward-to-go", "wrong-sign", "endless-episodes", "whiten-episode")
 
 
-def hp(default, help, **extra):
-    """A hyperparameter: its default and the text that `--help` shows."""
-    return field(default=default, metadata={"help": help, **extra})
+def hp(default, help, **rule):
+    """A hyperparameter: its default, the text that `--help` shows, and the range of its values (above, low, high)."""
+    return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
 class Config:
-    seed: int = hp(1, "seeds the weights, the action noise and the environments; same seed, same run")
-    lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: still falling over after 50 updates")
-    gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, but the far future stops counting")
-    batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps, any bug is fatal. Too high: good steps, but few of them")
-    hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly. Too high: only costs time")
-    max_updates: int = hp(300, "gives up after this many updates")
-    eval_episodes: int = hp(100, "fresh episodes that decide whether the task is solved")
+    seed: int = hp(1, "seeds the weights, the action noise and the environments; same seed, same run", low=0, high=999)
+    lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: still falling over after 50 updates", above=0)
+    gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, but the far future stops counting", above=0, high=1)
+    batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps, any bug is fatal. Too high: good steps, but few of them", low=2, high=4096)
+    hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly. Too high: only costs time", low=1, high=65536)
+    max_updates: int = hp(300, "gives up after this many updates", low=1)
+    eval_episodes: int = hp(100, "fresh episodes that decide whether the task is solved", low=1, high=100_000)
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
 
 
@@ -333,6 +333,14 @@ def plot_curve(path, metrics, config):
     write(path, picture.getvalue())
 
 
+def check(config):
+    for f in fields(Config):
+        value, rule = getattr(config, f.name), f.metadata
+        if f.type is not str and not (rule.get("above", -math.inf) < value < math.inf and rule.get("low", value) <= value <= rule.get("high", value)):
+            words = [f"{word} {rule[key]:,}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most")) if key in rule]
+            fail(f"--{f.name.replace('_', '-')} must be {' and '.join(words)}, not {value}")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
@@ -347,15 +355,7 @@ def parse_args():
     parser.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
-    checks = [("--lr", 0 < config.lr < math.inf, "above 0", config.lr), ("--gamma", 0 < config.gamma <= 1, "in (0, 1]", config.gamma),
-              ("--seed", 0 <= config.seed < 1_000, "in 0 … 999", config.seed),
-              ("--batch-episodes", 2 <= config.batch_episodes <= 4096, "in 2 … 4096: the baseline is made of the other episodes", config.batch_episodes),
-              ("--hidden", 1 <= config.hidden <= 65536, "in 1 … 65536", config.hidden),
-              ("--max-updates", config.max_updates >= 1, "at least 1", config.max_updates),
-              ("--eval-episodes", 1 <= config.eval_episodes <= 100_000, "in 1 … 100000", config.eval_episodes)]
-    for flag, good, rule, value in checks:
-        if not good:
-            fail(f"{flag} must be {rule}, not {value}")
+    check(config)
     if args.device == "cuda" and not torch.cuda.is_available() or args.device == "mps" and not torch.backends.mps.is_available():
         fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
     if args.smoke:

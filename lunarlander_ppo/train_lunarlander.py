@@ -21,8 +21,8 @@ The equations (README.md derives them)
     Eq. 6   L_value = ½·mean (V(s_t) − R_t)²
     Eq. 7   L = L_clip + c_v·L_value − c_e·mean entropy
 
-New since lesson 1 (CartPole): a critic instead of the other episodes as the yardstick; bootstrapping, so a batch may cut through
-episodes; several gradient steps per batch, which is what needs the ratio and the clip.
+New since lesson 2 (Tic-Tac-Toe): bootstrapping, so a batch may cut through episodes; advantages that mix rewards and critic; several
+gradient steps per batch, which is what needs the ratio and the clip; checkpoints.
 Deliberately left out: value clipping, observation normalisation, a shared trunk (README.md, section 10, says why); continuous actions.
 
 Sources: PPO arXiv 1707.06347; GAE arXiv 1506.02438; details arXiv 2005.12729. Shapes: T steps, N landers side by side, B minibatch.
@@ -56,31 +56,31 @@ SOLVED, RANDOM_RETURN = 200.0, -180.0
 BREAKS = ("no-clip", "no-adv-norm", "truncation-is-death", "no-gae", "one-epoch")
 
 
-def hp(default, help, **extra):
-    """A hyperparameter: its default and the text that `--help` shows."""
-    return field(default=default, metadata={"help": help, **extra})
+def hp(default, help, **rule):
+    """A hyperparameter: its default, the text that `--help` shows, and the range of its values (above, low, high)."""
+    return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
 class Config:
-    seed: int = hp(1, "seeds the weights, the action noise, the minibatches and the landers; same seed, same run")
-    total_steps: int = hp(1_500_000, "environment steps in all. Too low: it lands, but slowly and not always")
-    num_envs: int = hp(64, "N, landers side by side. Too low: correlated batches, slow. Too high: few updates per step flown")
-    num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the critic's guesses alone")
-    lr: float = hp(2e-3, "α, Adam's step size, annealed to 0. Too high: approx_kl above .05, collapse. Too low: hovers for ever")
-    gamma: float = hp(0.999, "γ, discount. .99 forgets the +100 of landing 300 steps ahead: it learns to hover and never comes down")
-    gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards alone (noisy)")
-    clip: float = hp(0.2, "ε, how far a ratio may move before it stops paying. Too high: no clip. Too low: nothing is learnt per batch")
-    epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and the data grow stale")
-    minibatch: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. Too high: few steps per batch, learns late")
-    ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: never commits to a landing")
-    vf_coef: float = hp(0.5, "c_v, weight of the value loss. It matters only through the joint gradient clipping: Adam ignores a constant factor")
-    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened. Too high: one bad batch can ruin the policy")
-    target_kl: float = hp(0.0, "stops the passes over a batch once approx_kl exceeds this; 0 switches it off")
-    reward_scale: float = hp(0.02, "rewards are multiplied by this so that values are of order 1. 1: the critic needs ages to reach 200")
-    hidden: int = hp(64, "units in each of the two hidden layers")
-    eval_every: int = hp(25, "updates between evaluations; checkpoints and fresh episodes fall on the same updates")
-    eval_episodes: int = hp(20, "greedy episodes per evaluation, on seeds never flown before")
+    seed: int = hp(1, "seeds the weights, the action noise, the minibatches and the landers; same seed, same run", low=0, high=999)
+    total_steps: int = hp(1_500_000, "environment steps in all. Too low: it lands, but slowly and not always", low=1)
+    num_envs: int = hp(64, "N, landers side by side. Too low: correlated batches, slow. Too high: few updates per step flown", low=1, high=1000)
+    num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the critic's guesses alone", low=1, high=10_000)
+    lr: float = hp(2e-3, "α, Adam's step size, annealed to 0. Too high: approx_kl above .05, collapse. Too low: hovers for ever", above=0)
+    gamma: float = hp(0.999, "γ, discount. .99 forgets the +100 of landing 300 steps ahead: it learns to hover and never comes down", above=0, high=1)
+    gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards alone (noisy)", low=0, high=1)
+    clip: float = hp(0.2, "ε, how far a ratio may move before it stops paying. Too high: no clip. Too low: nothing is learnt per batch", above=0, high=1)
+    epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and the data grow stale", low=1)
+    minibatch: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. Too high: few steps per batch, learns late", low=2)
+    ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: never commits to a landing", low=0)
+    vf_coef: float = hp(0.5, "c_v, weight of the value loss. It matters only through the joint gradient clipping: Adam ignores a constant factor", low=0)
+    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened. Too high: one bad batch can ruin the policy", above=0)
+    target_kl: float = hp(0.0, "stops the passes over a batch once approx_kl exceeds this; 0 switches it off", low=0)
+    reward_scale: float = hp(0.02, "rewards are multiplied by this so that values are of order 1. 1: the critic needs ages to reach 200", above=0)
+    hidden: int = hp(64, "units in each of the two hidden layers", low=1, high=65536)
+    eval_every: int = hp(25, "updates between evaluations; checkpoints and fresh episodes fall on the same updates", low=1)
+    eval_episodes: int = hp(20, "greedy episodes per evaluation, on seeds never flown before", low=1, high=1000)
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
 
 
@@ -441,21 +441,17 @@ def plot_curve(path, metrics_path, config):
 
 
 def check(config):
-    rules = [("seed", 0 <= config.seed < 1_000, "in 0 … 999"), ("total_steps", config.total_steps >= 1, "at least 1"),
-             ("num_envs", 1 <= config.num_envs <= 1_000, "in 1 … 1000"), ("num_steps", 1 <= config.num_steps <= 10_000, "in 1 … 10000"),
-             ("lr", 0 < config.lr < math.inf, "above 0"), ("gamma", 0 < config.gamma <= 1, "in (0, 1]"),
-             ("gae_lambda", 0 <= config.gae_lambda <= 1, "in [0, 1]"), ("clip", 0 < config.clip < 1, "in (0, 1)"),
-             ("epochs", config.epochs >= 1, "at least 1"), ("minibatch", config.minibatch >= 2, "at least 2: advantages are normalised in it"),
-             ("minibatch", config.num_envs * config.num_steps % config.minibatch != 1, "such that no minibatch of one row is left over"),
-             ("total_steps", config.total_steps <= 1_000_000 * config.num_steps, "at most a million times --num-steps: seeds would repeat"),
-             ("broken", config.broken in ("", *BREAKS), "one of the names in --help"),
-             ("ent_coef", 0 <= config.ent_coef < math.inf, "at least 0"), ("vf_coef", 0 <= config.vf_coef < math.inf, "at least 0"),
-             ("max_grad_norm", 0 < config.max_grad_norm, "above 0"), ("target_kl", 0 <= config.target_kl < math.inf, "at least 0"),
-             ("reward_scale", 0 < config.reward_scale < math.inf, "above 0"), ("hidden", 1 <= config.hidden <= 65536, "in 1 … 65536"),
-             ("eval_every", config.eval_every >= 1, "at least 1"), ("eval_episodes", 1 <= config.eval_episodes <= 1000, "in 1 … 1000")]
-    for name, good, rule in rules:
-        if not good:
-            fail(f"--{name.replace('_', '-')} must be {rule}, not {getattr(config, name)}")
+    for f in fields(Config):
+        value, rule = getattr(config, f.name), f.metadata
+        if f.type is not str and not (rule.get("above", -math.inf) < value < math.inf and rule.get("low", value) <= value <= rule.get("high", value)):
+            words = [f"{word} {rule[key]:,}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most")) if key in rule]
+            fail(f"--{f.name.replace('_', '-')} must be {' and '.join(words)}, not {value}")
+    if config.num_envs * config.num_steps % config.minibatch == 1:
+        fail("--minibatch must be such that no minibatch of one row is left over: one row has no standard deviation")
+    if config.total_steps > 1_000_000 * config.num_steps:
+        fail("--total-steps must be at most a million times --num-steps: the seeds of the flights would repeat")
+    if config.broken not in ("", *BREAKS):
+        fail(f"field broken is {config.broken}, which is no name in --help")
 
 
 def parse_args():

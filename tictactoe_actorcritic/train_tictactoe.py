@@ -54,25 +54,25 @@ HERE = Path(__file__).resolve().parent
 BREAKS = ("no-mask", "latest-opponent-only", "no-exploring-opponent", "one-side-only", "off-policy-symmetry")
 
 
-def hp(default, help, **extra):
-    """A hyperparameter: its default and the text that `--help` shows."""
-    return field(default=default, metadata={"help": help, **extra})
+def hp(default, help, **rule):
+    """A hyperparameter: its default, the text that `--help` shows, and the range of its values (above, low, high)."""
+    return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
 class Config:
-    seed: int = hp(1, "seeds the weights, the games and the opponents; same seed, same run")
-    updates: int = hp(1500, "gradient steps. Too low: losing lines are left")
-    games: int = hp(4096, "B, games per update. Too low: a lucky game teaches a bad move. Too high: few updates a minute")
-    lr: float = hp(3e-3, "α, Adam's step size, annealed to 0. Too high: entropy drops at once and mistakes freeze. Too low: losing lines left")
-    ent_coef: float = hp(0.1, "c_e, entropy bonus, annealed to 0. Too low: stops looking for better moves. Too high: never commits")
-    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss; it matters only through gradient clipping: the networks are separate")
-    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened")
-    opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare replies never occur. 1: traps beat sound play")
-    exploring_starts: float = hp(0.9, "share of games that start from a position drawn from all 4,520. 0: unusual positions stay unlearned")
-    pool: int = hp(20, "frozen earlier selves kept as opponents. 1: may go round in circles, forgetting old answers")
-    hidden: int = hp(128, "units in each of the two hidden layers. Too low: cannot hold all positions")
-    prove_every: int = hp(100, "updates between proofs and between additions to the pool")
+    seed: int = hp(1, "seeds the weights, the games and the opponents; same seed, same run", low=0)
+    updates: int = hp(1500, "gradient steps. Too low: losing lines are left", low=1)
+    games: int = hp(4096, "B, games per update. Too low: a lucky game teaches a bad move. Too high: few updates a minute", low=2, high=1_000_000)
+    lr: float = hp(3e-3, "α, Adam's step size, annealed to 0. Too high: entropy drops at once and mistakes freeze. Too low: losing lines left", above=0)
+    ent_coef: float = hp(0.1, "c_e, entropy bonus, annealed to 0. Too low: stops looking for better moves. Too high: never commits", low=0)
+    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss; it matters only through gradient clipping: the networks are separate", low=0)
+    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", above=0)
+    opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare replies never occur. 1: traps beat sound play", low=0, high=1)
+    exploring_starts: float = hp(0.9, "share of games that start from a position drawn from all 4,520. 0: unusual positions stay unlearned", low=0, high=1)
+    pool: int = hp(20, "frozen earlier selves kept as opponents. 1: may go round in circles, forgetting old answers", low=1)
+    hidden: int = hp(128, "units in each of the two hidden layers. Too low: cannot hold all positions", low=1, high=65536)
+    prove_every: int = hp(100, "updates between proofs and between additions to the pool", low=1)
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
 
 
@@ -431,6 +431,14 @@ def plot_curve(path, metrics, config):
     write(path, picture.getvalue())
 
 
+def check(config):
+    for f in fields(Config):
+        value, rule = getattr(config, f.name), f.metadata
+        if f.type is not str and not (rule.get("above", -math.inf) < value < math.inf and rule.get("low", value) <= value <= rule.get("high", value)):
+            words = [f"{word} {rule[key]:,}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most")) if key in rule]
+            fail(f"--{f.name.replace('_', '-')} must be {' and '.join(words)}, not {value}")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
@@ -446,15 +454,7 @@ def parse_args():
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
     if args.smoke:
         config = replace(config, updates=2, games=16, prove_every=1)
-    rules = [("seed", config.seed >= 0, "at least 0"), ("updates", config.updates >= 1, "at least 1"), ("games", 2 <= config.games <= 10**6, "in 2 … 1000000"),
-             ("lr", 0 < config.lr < math.inf, "above 0"), ("ent_coef", 0 <= config.ent_coef < math.inf, "at least 0"),
-             ("vf_coef", 0 <= config.vf_coef < math.inf, "at least 0"), ("max_grad_norm", config.max_grad_norm > 0, "above 0"),
-             ("opponent_random", 0 <= config.opponent_random <= 1, "in [0, 1]"), ("exploring_starts", 0 <= config.exploring_starts <= 1, "in [0, 1]"),
-             ("pool", config.pool >= 1, "at least 1"), ("hidden", 1 <= config.hidden <= 65536, "in 1 … 65536"),
-             ("prove_every", config.prove_every >= 1, "at least 1")]
-    for name, good, rule in rules:
-        if not good:
-            fail(f"--{name.replace('_', '-')} must be {rule}, not {getattr(config, name)}")
+    check(config)
     args.out = args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}"
     try:
         used = args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))
