@@ -343,3 +343,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
+    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)

@@ -423,3 +423,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted while the result was judged or written; what is complete is in the run's directory")
+    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)

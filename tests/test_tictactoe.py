@@ -189,15 +189,39 @@ def test_play_games_against_a_plain_loop(seed):
     assert sorted(got) == sorted(expected)
 
 
+class Finisher(torch.nn.Module):
+    """Prefers the squares that complete a line, in whatever view it is shown."""
+
+    def forward(self, x):
+        mine, logits = x[:, :9], torch.zeros(len(x), 9)
+        for square in range(9):
+            with_it = mine.clone()
+            with_it[:, square] = 1
+            wins = (with_it[:, train.LINES].sum(-1) == 3).any(-1)
+            logits[wins & (mine[:, square] + x[:, 9 + square] == 0), square] = 1e4
+        return logits
+
+
 def test_views_map_the_move_back():
-    """Whatever view an actor looks at, the square it takes must be free on the real board and the game must be legal."""
-    torch.manual_seed(0)
-    config = train.Config(opponent_random=0.5)
-    agent = train.make_agent(16)
-    starts = torch.tensor(POSITIONS, dtype=torch.int8)
-    boards, actions, outcomes = train.play_games(agent["actor"], agent["actor"], starts, config, torch.Generator().manual_seed(0))
-    assert (boards.gather(1, actions[:, None]) == 0).all()
-    assert {tuple(board) for board in boards.tolist()} <= set(POSITIONS) and set(outcomes.tolist()) == {-1.0, 0.0, 1.0}
+    """A player that sees how to win at once must win at once, whichever view it is shown."""
+    wins = [b for b in POSITIONS if any(b[s] == 0 and train.outcome_if_over(train.after(b, s)) == -1 for s in range(9))]
+    starts = torch.tensor(wins + wins, dtype=torch.int8)          # in the first half of the games the learner is to move
+    _, _, outcomes = train.play_games(Finisher(), Finisher(), starts, train.Config(opponent_random=0.0), torch.Generator().manual_seed(0))
+    assert len(outcomes) == len(wins) and (outcomes == 1).all()
+
+
+@pytest.mark.parametrize("name", train.BREAKS)
+def test_every_broken_variant_runs_and_leaves_its_files(name, tmp_path):
+    assert call(train, "--smoke", "--quiet", "--break", name, "--out", tmp_path / "o").returncode == 0
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {"best.pt", "last.pt", "config.json", "curve.png", "eval.json", "metrics.csv",
+                                                                  "timing.csv", "train.json"}
+
+
+def test_one_side_only_learns_only_as_first_player():
+    starts = torch.zeros(64, 9, dtype=torch.int8)
+    agent = train.make_agent(8)
+    boards, _, _ = train.play_games(agent["actor"], agent["actor"], starts, train.Config(broken="one-side-only"), torch.Generator().manual_seed(0))
+    assert ((boards != 0).sum(dim=1) % 2 == 0).all()
 
 
 @pytest.mark.parametrize("order", [range(9), (4, 0, 2, 6, 8, 1, 3, 5, 7)])
@@ -224,6 +248,8 @@ def test_the_proof_counts_the_losing_lines_of_players_that_lose(order):
         counts, errors = dict(lost=0, drawn=0, won=0), set()
         count(0, 0, first, counts, errors)
         assert proof[side] == counts | dict(worse_than_minimax=len(errors)) and counts["lost"] > 0
+    assert proof["all_positions_worse_than_minimax"] == sum(
+        -oracle_value(bits(b, -1), bits(b, 1) | 1 << first_free(order)(b)) < oracle_value(bits(b, 1), bits(b, -1)) for b in POSITIONS)
 
 
 def test_matches_agree_with_the_exact_shares():
@@ -260,8 +286,7 @@ def test_a_short_training_learns_and_repeats_itself():
     config = train.Config(updates=60, games=512, prove_every=30)
     results = [train.train(config, lambda _: None) for _ in range(2)]
     assert results[0][2] == results[1][2] and all(torch.equal(results[0][0]["best"][n], results[1][0]["best"][n]) for n in results[0][0]["best"])
-    untrained = train.prove(evaluation.load_agent("random")["actor"], VALUES)
-    assert results[0][1]["all_positions_worse_than_minimax"] < 0.8 * untrained["all_positions_worse_than_minimax"]
+    assert results[0][1]["all_positions_worse_than_minimax"] < 0.8 * results[0][2][0]["all_worse"]        # row 0 is the untrained agent
 
 
 def test_gif(tmp_path):
@@ -297,6 +322,11 @@ def test_terminal_play_through_a_pseudo_terminal():
         child.sendline(free)
         if child.expect(["your move> ", "The game is over: (you lose|a draw)"]) == 1:
             break
+    child.expect("your move> ")
+    child.sendline("")
+    child.expect("You are X and begin")                           # sides are changed
+    child.expect("your move> ")
+    child.sendline("q")
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
@@ -315,13 +345,17 @@ def test_leaving_the_terminal_game_is_friendly(end):
     assert child.exitstatus == 0
 
 
-@given(st.lists(st.one_of(st.sampled_from([*"123456789", "u", "?", "u", "q", ""]), st.text(max_size=5)), max_size=25), st.booleans())
-@settings(max_examples=400, deadline=None)
+TYPED = []
+
+
+@given(st.lists(st.one_of(st.sampled_from([*"123456789", "u", "?", ""]), st.text(max_size=5)), min_size=25, max_size=40), st.booleans())
+@settings(max_examples=250, deadline=None)
 def test_thousands_of_random_inputs_never_end_in_a_traceback(agent, texts, person_first):
     waiting = iter(texts)
 
     def typed(prompt):
         try:
+            TYPED.append(1)
             return next(waiting)
         except StopIteration:
             raise EOFError
@@ -334,6 +368,15 @@ def test_thousands_of_random_inputs_never_end_in_a_traceback(agent, texts, perso
         builtins.input, builtins.print = keep
 
 
+def test_it_was_five_thousand_inputs():
+    assert len(TYPED) >= 5000 or not TYPED                        # none when this test is run alone
+
+
+def test_the_move_a_person_meets_is_the_move_that_was_proved(agent):
+    table = evaluation.greedy_table(agent, VALUES)
+    assert all(int(np.argmax(evaluation.opinion(agent, board)[0])) == table[board] for board in POSITIONS)
+
+
 @given(st.lists(st.integers(-1, 9), max_size=30), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_a_game_is_legal_whatever_a_person_does_and_is_never_won(agent, keys, person_first):
@@ -342,7 +385,11 @@ def test_a_game_is_legal_whatever_a_person_does_and_is_never_won(agent, keys, pe
     for key in keys:
         if game.over():
             break
-        game.take_back() if key < 0 else game.play(key % 9)
+        if key < 0:
+            game.take_back()
+        else:
+            game.play(key % 9)
+            game.reply()
         assert len(set(game.plies)) == len(game.plies) and (game.over() or game.persons_turn())
     assert game.over() != "you win"
 

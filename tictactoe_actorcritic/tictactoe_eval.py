@@ -10,11 +10,12 @@
 
 Keys of --prove --json FILE: first and second, each with lost, drawn, won (complete games over all replies) and worse_than_minimax
 (reachable positions in which the move gives something away); all_positions_worse_than_minimax (of 4,520).
+Without --prove the file also holds versus_random, as below.
 Keys of --versus … --json FILE: first and second, each with won, drawn, lost (shares, 0-1), and games (on each side).
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///
 import argparse
 import csv
@@ -148,7 +149,7 @@ def load_agent(weights):
         torch.manual_seed(0)
         return make_agent(128)
     if weights == "latest":
-        runs = sorted(HERE.glob("runs/**/best.pt"), key=lambda path: path.stat().st_mtime)
+        runs = sorted(HERE.glob("runs/*/best.pt"), key=lambda path: path.stat().st_mtime)
         if not runs:
             fail(f"--weights latest: there is no run in {HERE / 'runs'} yet; run python train_tictactoe.py first")
         path = runs[-1]
@@ -211,17 +212,18 @@ class Game:
         return "a draw" if outcome == 0 else "you lose" if self.persons_turn() else "you win"     # −1: the player to move has lost
 
     def play(self, square):
-        """The person's move, then the agent's reply. Returns an error text for a taken square, else None."""
+        """The person's move. False if the square is taken."""
         if self.board()[square] != 0:
-            return f"Square {square + 1} is taken."
+            return False
         self.plies.append(square)
-        self.reply()
+        return True
 
     def reply(self):
-        """The agent moves if it is its turn."""
+        """The agent's move if it is its turn: the square it takes, else None."""
         if self.over() is None and not self.persons_turn():
             probabilities, _ = opinion(self.agent, self.board())
             self.plies.append(int(np.argmax(probabilities)))
+            return self.plies[-1]
 
     def take_back(self):
         """Back to the person's last decision; False if there is none."""
@@ -244,22 +246,29 @@ def draw_opinion(game):
     marks = game.marks()
     cells = [f"{probability:4.0%}" if mark == "." else f"  {mark} " for probability, mark in zip(probabilities, marks)]
     grid = "\n".join(" ".join(cells[row:row + 3]) for row in (0, 3, 6))
-    return f"In your place the agent would play with these probabilities:\n{grid}\nIts critic values your position at {value:+.2f} (+1 you win, -1 you lose)."
+    return f"In your place the agent would play with these probabilities:\n{grid}\nIts critic values your position at {max(-1, min(1, value)):+.2f} (+1 you win, -1 you lose)."
 
 
 def play_terminal(agent, person_first):
     """A game in the terminal. Every input is answered with a friendly line; nothing ends in a traceback."""
-    game = Game(agent, person_first)
-    print("You are " + ("X and begin." if person_first else "O; the agent begins.") + " Keys: 1-9 a square, u take back, ? the agent's opinion, q quit.")
-    game.reply()
+    def begin(person_first):
+        print("You are " + ("X and begin." if person_first else "O; the agent begins.") + " Keys: 1-9 a square, u take back, ? the agent's opinion, q quit.")
+        game = Game(agent, person_first)
+        announce(game.reply())
+        return game
+
+    def announce(square):
+        if square is not None:
+            print(f"The agent takes {square + 1}.")
+
+    game = begin(person_first)
     while True:
         print("\n" + draw_board(game))
         if game.over():
-            print(f"\nThe game is over: {game.over()}.")
-            return
+            print(f"\nThe game is over: {game.over()}. Enter for another one with sides changed, u to take back, q to quit.")
         try:
             text = input("your move> ").strip().lower()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, RuntimeError):       # RuntimeError: there is no standard input at all
             print("\nGood-bye.")
             return
         except UnicodeDecodeError:
@@ -267,14 +276,18 @@ def play_terminal(agent, person_first):
         if text == "q":
             print("Good-bye.")
             return
-        if text == "?":
-            print(draw_opinion(game))
-        elif text == "u":
+        if text == "u":
             print("Taken back." if game.take_back() else "There is nothing to take back.")
+        elif game.over():
+            if text == "":
+                game = begin(not game.person_first)
+        elif text == "?":
+            print(draw_opinion(game))
         elif text in tuple("123456789"):
-            problem = game.play(int(text) - 1)
-            if problem:
-                print(problem + " Choose a free one.")
+            if game.play(int(text) - 1):
+                announce(game.reply())
+            else:
+                print(f"Square {text} is taken. Choose a free one.")
         else:
             print("Please type a digit from 1 to 9, u, ? or q.")
 
@@ -284,6 +297,7 @@ class Window:
 
     def __init__(self, agent, person_first):
         from matplotlib import pyplot as plt
+        plt.rcParams["toolbar"] = "None"                          # no zooming instead of playing
         self.agent, self.person_first = agent, person_first
         self.figure, (self.axes, self.bar) = plt.subplots(1, 2, figsize=(6.4, 5), width_ratios=[8, 1], layout="constrained")
         self.figure.canvas.mpl_connect("button_press_event", self.click)
@@ -308,8 +322,8 @@ class Window:
         for at in (0.5, 1.5):
             self.axes.axhline(at, color="black")
             self.axes.axvline(at, color="black")
-        self.axes.set(xticks=[], yticks=[], title=f"The game is over: {over}. Click for another." if over else
-                      "Your move: click a square (u takes back). Colours: what the agent would do.")
+        self.axes.set(xticks=[], yticks=[], title=f"The game is over: {over}. Click for another, u takes back." if over else
+                      f"You are {'X' if self.person_first else 'O'}: click a square (u takes back). Colours: what the agent would do.")
         self.axes.title.set_fontsize(9)
         self.bar.bar([0], [0 if over else value], color="C2" if value > 0 else "C3")
         self.bar.axhline(0, color="black", linewidth=0.8)
@@ -318,14 +332,19 @@ class Window:
         self.figure.canvas.draw_idle()
 
     def click(self, event):
+        if event.button != 1 or event.dblclick:
+            return
         if self.game.over():
             self.person_first = not self.person_first
             self.new_game()
         elif event.inaxes is self.axes and event.xdata is not None:
             column, row = round(event.xdata), round(event.ydata)
             if 0 <= column <= 2 and 0 <= row <= 2:
-                self.game.play(3 * row + column)                  # a taken square changes nothing
+                free = self.game.play(3 * row + column)
+                self.game.reply()
                 self.draw()
+                if not free:
+                    self.axes.set_title(f"Square {3 * row + column + 1} is taken. Choose a free one.", fontsize=9)
 
     def key(self, event):
         if event.key == "u" and self.game.take_back():
@@ -385,7 +404,7 @@ def versus(agent, name, games, values, seed=0):
 
 def against_random(values, move=None):
     """Exact shares against a uniformly random player, as first and second: (won, drawn, lost). With move=None the best that any
-    never-losing player can reach: among the moves that keep the minimax value, the one that wins most often."""
+    never-losing player can reach: among the moves after which a loss cannot be forced, the one that wins most often."""
     memory = {}
 
     def shares(board, mine):
@@ -400,7 +419,7 @@ def against_random(values, move=None):
                 memory[board, mine] = shares(after(board, move[board]), False)
             else:
                 sound = [square for square in squares if -values[after(board, square)] >= min(0, values[board])]
-                memory[board, mine] = max((shares(after(board, square), False) for square in sound), key=lambda s: (-round(s[2], 12), s[0]))
+                memory[board, mine] = max((shares(after(board, square), False) for square in sound), key=lambda s: s[0])
         return memory[board, mine]
 
     return shares((0,) * 9, True), shares((0,) * 9, False)
@@ -409,7 +428,7 @@ def against_random(values, move=None):
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 def game_gif(agent, values, out, seed):
-    """An animated game: the agent (X) against a random player, every square coloured by the agent's probability."""
+    """Two animated games against a random player, the agent as X and as O; squares are coloured by what the agent would do there."""
     import matplotlib
     matplotlib.use("Agg")
     from PIL import Image
@@ -417,16 +436,22 @@ def game_gif(agent, values, out, seed):
     for person_first in (False, True):                            # two games, so both sides are seen
         window = Window(agent, person_first)
         while True:
+            window.axes.set_title(f"agent {'O' if person_first else 'X'}, random player {'X' if person_first else 'O'}" +
+                                  {"you lose": ": the agent wins", "you win": ": the agent loses", "a draw": ": a draw", None: ""}[window.game.over()])
             window.figure.canvas.draw()
             picture = Image.fromarray(np.asarray(window.figure.canvas.buffer_rgba())[..., :3].copy()).resize((448, 350), Image.Resampling.LANCZOS)
-            frames += [picture.quantize(colors=32)] * (3 if window.game.over() else 1)
+            frames += [picture.quantize(colors=64)] * (3 if window.game.over() else 1)
             if window.game.over():
                 break
             window.game.play(rng.choice([square for square in range(9) if window.game.board()[square] == 0]))
+            window.game.reply()
             window.draw()
     content = io.BytesIO()
     frames[0].save(content, format="GIF", save_all=True, append_images=frames[1:], duration=1200, loop=0, optimize=True)
-    write(out, content.getvalue())
+    try:
+        write(out, content.getvalue())
+    except OSError as problem:
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another file")
     print(f"wrote {out}, {len(content.getvalue()) // 1024} kB")
 
 
@@ -546,7 +571,7 @@ def parse_args():
     parser.add_argument("--study", type=Path, metavar="DIR", help="train 20 runs and re-make the README's tables and figures in DIR")
     parser.add_argument("--smoke", action="store_true", help="prove an untrained agent, to see that everything runs")
     args = parser.parse_args()
-    if sum(map(bool, (args.play, args.gui, args.prove, args.versus, args.gif, args.study, args.smoke))) > 1:
+    if sum(map(bool, (args.play, args.gui, args.prove, args.versus is not None, args.gif, args.study, args.smoke))) > 1:
         fail("--play, --gui, --prove, --versus, --gif, --study and --smoke do different things; give one of them")
     if args.first and args.second:
         fail("--first and --second exclude each other")
@@ -559,8 +584,10 @@ def parse_args():
             good = False
         if not good:
             fail(f"{flag} {path} must be a file in a directory that exists")
-    if args.json and not (args.prove or args.versus):
-        fail("--json goes with --prove or --versus")
+    if args.json and (args.play or args.gui or args.gif or args.study):
+        fail("--json goes with --prove, --versus or neither")
+    if args.versus not in (None, "random", "weak", "minimax"):
+        args.games = 1                                            # two greedy players: one game on each side says it all
     if args.smoke:
         args.weights, args.prove = "random", True
     return args
@@ -592,23 +619,27 @@ def main():
     if args.play:
         return play_terminal(agent, person_first)
     if args.gui:
-        import matplotlib
-        from matplotlib import pyplot as plt
-        if matplotlib.get_backend().lower() == "agg":
+        try:
+            from matplotlib import pyplot as plt
+            backend = plt.get_backend().lower()
+        except (ImportError, ValueError):
+            backend = "agg"
+        if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
             fail("--gui needs a display and a window toolkit (python -m tkinter shows whether there is one); --play works in any terminal")
         window = Window(agent, person_first)                      # kept in a variable: matplotlib holds callbacks weakly
         return plt.show()
     values = minimax_values()
     if args.gif:
         return game_gif(agent, values, args.out or Path("tictactoe.gif"), args.seed)
-    if args.versus:
+    if args.versus is not None:
         result = versus(agent, args.versus, args.games, values, args.seed)
         print_versus(result, args.versus)
     else:
         result = prove(agent["actor"], values)
         print_proof(result)
         if not (args.prove or args.smoke):
-            print_versus(versus(agent, "random", args.games, values, args.seed), "a random player")
+            result["versus_random"] = versus(agent, "random", args.games, values, args.seed)
+            print_versus(result["versus_random"], "a random player")
     if args.json:
         try:
             write(args.json, json.dumps(result, indent=1) + "\n")
@@ -621,3 +652,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
+    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)

@@ -6,10 +6,11 @@
 The algorithm
     repeat
         draw an opponent from the pool of frozen earlier selves
-        play 4,096 games against it, the learner first in half of them; the opponent blunders now and then     play_games
+        play 4,096 games against it, nine in ten from a random position, the learner to move first in half of
+        them; the opponent blunders now and then                                                               play_games
         outcome z in {+1, 0, -1} for every move of the learner; A = z - V(s)                   Eq. 2, 3
         one Adam step on  actor loss + critic loss - entropy bonus                             Eq. 4-6         actor_critic_loss
-        every 100 updates: add the learner to the pool; enumerate every game that can happen   Eq. 7           prove
+        every 25 updates: play out every game that can happen; every 100: add a copy to the pool   Eq. 7       prove
 
 The equations (README.md explains them)
     Eq. 1   π(a|s) = softmax of the logits of the legal moves            an illegal move has probability exactly 0
@@ -23,8 +24,8 @@ The equations (README.md explains them)
 New since lesson 1 (CartPole): a custom environment; a critic; two players; masked actions; and a proof instead of a win rate.
 Deliberately left out: search, replay, bootstrapping (a game has at most nine moves), --resume (a run takes a minute).
 
-Sources: Williams 1992 (REINFORCE with baseline); Sutton & Barto, Reinforcement Learning, 2nd ed., sections 5.3 (exploring starts) and
-13.5 (actor-critic); arXiv 1707.06347 is the next lesson. Shapes: B games or rows, 9 squares numbered 0-8 line by line.
+Sources: Williams 1992; Sutton & Barto, Reinforcement Learning, 2nd ed., 5.3 (exploring starts) and 13.4: strictly they call this REINFORCE
+with a learnt baseline and reserve "actor-critic" for critics that are bootstrapped from, as the next lesson's is. Shapes: B games or rows, 9 squares numbered 0-8 line by line.
 Every board is shown from the mover's side: +1 the mover's stones, −1 the other's, 0 empty.
 """
 # /// script
@@ -66,13 +67,14 @@ class Config:
     games: int = hp(4096, "B, games per update. Too low: a lucky game teaches a bad move. Too high: few updates a minute", low=2, high=1_000_000)
     lr: float = hp(3e-3, "α, Adam's step size, annealed to 0. Too high: entropy drops at once and mistakes freeze. Too low: losing lines left", above=0)
     ent_coef: float = hp(0.1, "c_e, entropy bonus, annealed to 0. Too low: stops looking for better moves. Too high: never commits", low=0)
-    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss; it matters only through gradient clipping: the networks are separate", low=0)
+    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss; it matters only through the joint clipping: Adam ignores a constant factor", low=0)
     max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", above=0)
     opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare replies never occur. 1: traps beat sound play", low=0, high=1)
     exploring_starts: float = hp(0.9, "share of games that start from a position drawn from all 4,520. 0: unusual positions stay unlearned", low=0, high=1)
-    pool: int = hp(20, "frozen earlier selves kept as opponents. 1: may go round in circles, forgetting old answers", low=1)
+    pool: int = hp(20, "frozen earlier selves kept as opponents (a default run makes 16, the untrained one included). 1: may go round in circles", low=1)
     hidden: int = hp(128, "units in each of the two hidden layers. Too low: cannot hold all positions", low=1, high=65536)
-    prove_every: int = hp(100, "updates between proofs and between additions to the pool", low=1)
+    pool_every: int = hp(100, "updates between additions to the pool", low=1)
+    prove_every: int = hp(25, "updates between proofs", low=1)
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
 
 
@@ -109,6 +111,7 @@ class TicTacToeEnv(gym.Env):
         return self.board.reshape(3, 3).copy(), {"action_mask": (self.board == 0).astype(np.int8)}
 
     def step(self, action):
+        assert self.action_space.contains(int(action)), f"squares are numbered 0-8; there is none {action}"
         reward, terminated = 0.0, True
         if self.board[action] != 0:
             reward = -1.0                                         # illegal: the game is lost, the board unchanged
@@ -236,35 +239,30 @@ def play_games(actor, opponent, starts, config, generator):
     step = 0
     with torch.inference_mode():
         while alive.any():
-            first_half = everyone < half
-            learner = alive & (first_half if step % 2 == 0 else ~first_half)
-            if config.broken == "one-side-only":
-                learner = learner & first_half                    # BREAK: nothing is learnt from the second half of the games
+            learners_turn = everyone < half if step % 2 == 0 else everyone >= half                  # [B]
             squares = torch.zeros(B, dtype=torch.long)
-            for side, who in ((alive & (first_half if step % 2 == 0 else ~first_half), actor),
-                              (alive & (~first_half if step % 2 == 0 else first_half), opponent)):
-                at = side.nonzero().squeeze(1)                    # [n] games in which this side is to move
+            for learning, who in ((True, actor), (False, opponent)):
+                at = (alive & (learners_turn if learning else ~learners_turn)).nonzero().squeeze(1) # [n] games in which `who` is to move
                 # Everyone looks at the board in a random one of its eight views, decides there, and maps the square back. The
-                # decision IS a sample of π in that view, so the data stay on-policy while one game teaches eight positions.
+                # decision IS a sample of π in that view, so the data stay on-policy, and every position is practised in all views.
                 views = VIEWS[torch.randint(8, (len(at),), generator=generator)]                    # [n, 9]
                 if config.broken == "off-policy-symmetry":
                     views = VIEWS[:1].expand(len(at), 9)
                 view = boards[at].gather(1, views)                                                  # [n, 9]
                 logits = legal_logits(who, view) if config.broken != "no-mask" else who(encode(view))
-                if who is opponent and config.broken != "no-exploring-opponent":
+                if not learning and config.broken != "no-exploring-opponent":
                     blunder = torch.rand(len(at), generator=generator) < config.opponent_random     # [n]
-                    logits = torch.where(blunder[:, None], torch.zeros(9), logits).masked_fill(view != 0, -math.inf)
+                    logits = torch.where(blunder[:, None], torch.zeros(9).masked_fill(view != 0, -math.inf), logits)
                 action = sample(logits, generator)                                                  # [n]
                 squares[at] = views.gather(1, action[:, None]).squeeze(1)
-                if who is actor:
-                    keep = learner[at]
+                if learning:
+                    keep = at < (half if config.broken == "one-side-only" else B)       # BREAK: nothing is learnt from the second half
                     rows.append(at[keep]), seen.append(view[keep]), chosen.append(action[keep])
             at = alive.nonzero().squeeze(1)
             legal = boards[at].gather(1, squares[at, None]).squeeze(1) == 0                         # [n] all true with the mask
             moved = boards[at].scatter(1, squares[at, None], 1)                                     # [n, 9]
             won = has_line(moved) & legal
-            mine = (at < half) == (step % 2 == 0)                 # [n] did the learner move?
-            result[at] += torch.where(mine, 1.0, -1.0) * (won.float() - (~legal).float())
+            result[at] += torch.where(learners_turn[at], 1.0, -1.0) * (won.float() - (~legal).float())
             boards[at] = -moved                                   # now from the other player's side
             alive[at] = legal & ~won & ~(moved != 0).all(dim=-1)
             step += 1
@@ -319,12 +317,18 @@ def train(config, log=print, bar=False):
     generator = torch.Generator().manual_seed(config.seed)
     agent = make_agent(config.hidden)
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, fused=True)
-    values = minimax_values()                                     # used by the proof only; the learner never sees them
+    # The values serve the proof and the choice of the best weights, never the gradient; the keys list the exploring starts.
+    values = minimax_values()
     positions = torch.tensor([board for board in values if outcome_if_over(board) is None], dtype=torch.int8)      # [4520, 9]
     pool = [copy.deepcopy(agent["actor"])]
     best, best_state, metrics, timing, seconds, proof_seconds, perfect_at = None, None, [], [], 0.0, 0.0, None
     log(f"{'update':>6} {'outcome':>7} {'entropy':>7} {'critic':>7}   {'first: lost drawn won worse':>30}   {'second: lost drawn won worse':>30} {'of 4520':>8} {'time':>6}")
     interrupted = False
+    before = prove(agent["actor"], values)                        # row 0: the untrained agent
+    metrics.append(dict(update=0) | {f"{side}_{key}": count for side in ("first", "second") for key, count in before[side].items()}
+                   | dict(all_worse=before["all_positions_worse_than_minimax"]))
+    timing.append(dict(update=0, train_seconds=0.0, proof_seconds=0.0))
+    log(f"untrained: {before['first']['lost']} + {before['second']['lost']} losing lines, {before['all_positions_worse_than_minimax']} of 4,520 worse than minimax")
     try:
         for number in tqdm(range(1, config.updates + 1), disable=not bar, unit="update"):
             start = time.perf_counter()
@@ -350,13 +354,14 @@ def train(config, log=print, bar=False):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             if not torch.isfinite(grad_norm):
-                fail(f"the loss or its gradient is not finite in update {number}; try a lower --lr. Nothing was written")
+                fail(f"the loss or its gradient is not finite in update {number}; try a lower --lr and another --out. No weights were written")
             optimizer.step()
             seconds += time.perf_counter() - start
+            if number % config.pool_every == 0:
+                pool = (pool + [copy.deepcopy(agent["actor"])])[-config.pool:]
             row = dict(update=number, outcome=outcomes.mean().item(), moves=len(outcomes), **diagnostics, grad_norm=grad_norm.item())
             if number % config.prove_every == 0 or number == config.updates:
                 start = time.perf_counter()
-                pool = (pool + [copy.deepcopy(agent["actor"])])[-config.pool:]
                 proof = prove(agent["actor"], values)
                 if best is None or faults(proof) <= best:         # the later one of equals: it has seen more games
                     best, best_state = faults(proof), copy.deepcopy(agent.state_dict())
@@ -366,8 +371,9 @@ def train(config, log=print, bar=False):
                 row |= {f"{side}_{key}": count for side in ("first", "second") for key, count in proof[side].items()}
                 row |= dict(all_worse=proof["all_positions_worse_than_minimax"])
                 show = lambda side: " ".join(f"{count:5d}" for count in proof[side].values())
-                log(f"{number:6d} {row['outcome']:7.3f} {row['entropy']:7.3f} {row['critic_loss']:7.3f}   {show('first'):>30}   {show('second'):>30} "
-                    f"{row['all_worse']:8d} {seconds:5.0f}s")
+                if number % (4 * config.prove_every) == 0 or number == config.updates:
+                    log(f"{number:6d} {row['outcome']:7.3f} {row['entropy']:7.3f} {row['critic_loss']:7.3f}   {show('first'):>30}   {show('second'):>30} "
+                        f"{row['all_worse']:8d} {seconds:5.0f}s")
             metrics.append(row)
             timing.append(dict(update=number, train_seconds=seconds, proof_seconds=proof_seconds))
     except KeyboardInterrupt:
@@ -376,7 +382,7 @@ def train(config, log=print, bar=False):
         fail("interrupted before the first proof: there are no weights to keep")
     last_state = copy.deepcopy(agent.state_dict())
     agent.load_state_dict(best_state)
-    result = prove(agent["actor"], values) | dict(perfect_at=perfect_at, interrupted=interrupted, updates=len(metrics), train_seconds=seconds,
+    result = prove(agent["actor"], values) | dict(perfect_at=perfect_at, interrupted=interrupted, updates=len(metrics) - 1, train_seconds=seconds,
                                                   proof_seconds=proof_seconds)
     return dict(best=best_state, last=last_state), result, metrics, timing
 
@@ -398,7 +404,7 @@ def write(path, content):
 
 def csv_text(rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(max(rows, key=len)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
     return text.getvalue()
@@ -420,9 +426,9 @@ def plot_curve(path, metrics, config):
             (f"   BROKEN: {config.broken}" if config.broken else ""))
     top.legend(fontsize=8)
     for key, colour in (("entropy", "C5"), ("critic_loss", "C4")):
-        series = np.array([row[key] for row in metrics])
+        series = np.array([row[key] for row in metrics[1:]])
         bottom.plot(range(1, len(series) + 1), series, color=colour, alpha=0.25)
-        bottom.plot(updates, [series[max(0, update - 100):update].mean() for update in updates], color=colour, linewidth=2, label=key)
+        bottom.plot(updates[1:], [series[max(0, update - 100):update].mean() for update in updates[1:]], color=colour, linewidth=2, label=key)
     bottom.set(xlabel="updates", ylim=(0, None))
     bottom.legend(fontsize=8)
     picture = io.BytesIO()
@@ -507,4 +513,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted while the result was written; what is complete is in the run's directory")
+        fail("interrupted; what is complete is in the run's directory")
+    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
