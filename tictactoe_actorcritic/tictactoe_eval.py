@@ -472,7 +472,7 @@ def portrait(agent, values, out):
             panel.text(square % 3, square // 3, f"{probability:.1%}" if board[square] == 0 else "X", ha="center", va="center")
         panel.set(xticks=[], yticks=[], title=f"{title}; critic {value:+.2f}")
     for true, colour in ((-1, "C3"), (0, "C7"), (1, "C2")):
-        right.hist(guesses[truth == true], bins=np.linspace(-1.3, 1.3, 53), color=colour, alpha=0.6, label=f"true value {true:+d} ({(truth == true).sum()} positions)")
+        right.hist(guesses[truth == true], bins=np.linspace(-1.3, 1.3, 53), color=colour, alpha=0.6, label=f"true value {true} ({(truth == true).sum()} positions)")
     right.set(xlabel="critic's value", ylabel="positions", title="critic against minimax, all 4,520 positions")
     right.legend(fontsize=8)
     picture = io.BytesIO()
