@@ -321,8 +321,7 @@ def study(directory):
 
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     draw(axes, "default", "C0", "default (γ = .999): median and range of 5 seeds", "training", "all_steps")
-    draw(axes, "gamma .97", "C3", "γ = .97: 3 seeds", "training", "all_steps")
-    draw(axes, "gentle steps, gamma .99", "C1", "γ = .99 and gentle steps: 3 seeds", "training", "all_steps")
+    draw(axes, "gentle steps, gamma .99", "C3", "γ = .99 and gentle steps: 3 seeds", "training", "all_steps")
     axes.axhline(SOLVED, color="C2", linestyle="--", label="solved: 200")
     axes.axhline(-180, color="grey", linestyle=":", label="random policy")
     axes.set(xlabel="million steps", ylabel="return, last 100 training flights", ylim=(-450, 320), title="PPO on LunarLander-v3")

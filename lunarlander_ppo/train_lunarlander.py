@@ -1,6 +1,6 @@
 """PPO on LunarLander-v3: reuse each batch for several gradient steps, and stop every action from running away.
 
-    python train_lunarlander.py                     70 s, 1.5 million steps; expect best weights around 280
+    python train_lunarlander.py                     about a minute, 1.5 million steps; expect best weights around 280
     python train_lunarlander.py --resume DIR        goes on where a killed run stopped, to the byte
     python train_lunarlander.py --help              every hyperparameter, with the symptom of a wrong value
 
@@ -67,8 +67,8 @@ class Config:
     total_steps: int = hp(1_500_000, "environment steps in all. Too low: it lands, but slowly and not always", low=1)
     num_envs: int = hp(64, "N, landers side by side. Too low: correlated batches, slow. Too high: few updates per step flown", low=1, high=1000)
     num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the critic's guesses alone", low=1, high=10_000)
-    lr: float = hp(2e-3, "α, Adam's step size, annealed to 0. Too high: approx_kl above .05, collapse. Too low: hovers for ever", above=0)
-    gamma: float = hp(0.999, "γ, discount. .99 forgets the +100 of landing 300 steps ahead: it learns to hover and never comes down", above=0, high=1)
+    lr: float = hp(2e-3, "α, Adam's step size, annealed to 0. Too high: approx_kl above .05, collapse. Too low: hovers for a long time", above=0)
+    gamma: float = hp(0.999, "γ, discount. .97 sees some 30 steps ahead, and a landing takes 200: it learns to hover", above=0, high=1)
     gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards alone (noisy)", low=0, high=1)
     clip: float = hp(0.2, "ε, how far a ratio may move before it stops paying. Too high: no clip. Too low: nothing is learnt per batch", above=0, high=1)
     epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and the data grow stale", low=1)
