@@ -432,7 +432,7 @@ def test_trainer_refuses_bad_values(arguments, words, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--games", "0", "--versus", "random"], ["--first", "--second", "--play"], ["--play", "--gui"], ["--versus", "nobody.pt"],
-                                       ["--json", "no/such/x.json", "--prove"], ["--json", "x.json"]])
+                                       ["--json", "no/such/x.json", "--prove"], ["--json", "x.json", "--play"]])
 def test_eval_refuses_bad_values(arguments, tmp_path):
     assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path))
 
