@@ -255,17 +255,14 @@ def test_update_is_the_gradient_of_the_plain_batch():
     assert all(p.grad is None for p in reference.parameters())
 
 
-def test_a_short_run_moves_towards_the_optimum_and_repeats_itself(tmp_path):
-    results = []
-    for name in ("a", "b"):
-        process = run(TRAIN, "--epochs", "2", "--samples", "25600", "--quiet", "--out", tmp_path / name)
-        assert process.returncode == 0, process.stderr
-        results.append(json.loads((tmp_path / name / "eval.json").read_text()))
-    assert results[0] == results[1] and results[0]["tv"] < 0.5 and set(results[0]) == {"tv", "kl", "invalid_mass", "mean_distance", "optimal_mean_distance", "q0"}
-    assert (tmp_path / "a" / "policy" / "model.safetensors").read_bytes() == (tmp_path / "b" / "policy" / "model.safetensors").read_bytes()
+def test_a_short_run_moves_towards_the_optimum(tmp_path):
+    process = run(TRAIN, "--epochs", "2", "--samples", "25600", "--quiet", "--out", tmp_path / "a")
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "a" / "eval.json").read_text())
+    assert result["tv"] < 0.5 and set(result) == {"tv", "kl", "invalid_mass", "mean_distance", "optimal_mean_distance", "q0"}
     process = run(EVAL, "--weights", tmp_path / "a", "--json", tmp_path / "e.json", "--bars", tmp_path / "b.png", "--sample", "3")
     assert process.returncode == 0 and "samples:" in process.stdout and (tmp_path / "b.png").exists(), process.stderr
-    assert json.loads((tmp_path / "e.json").read_text())["tv"] == pytest.approx(results[0]["tv"], abs=1e-5)
+    assert json.loads((tmp_path / "e.json").read_text())["tv"] == pytest.approx(result["tv"], abs=1e-5)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -285,20 +282,20 @@ def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("extra", [["--q0", "mc", "--behaviour", "on-policy"], ["--q0", "learned", "--patience", "2", "--lr", "1e-12"]])
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_alike(extra, tmp_path):
-    arguments = [*SMALL, "--epochs", "15", *extra]
+    arguments = [*SMALL, "--epochs", "10", *extra]
     process = subprocess.Popen([sys.executable, str(TRAIN), *arguments, "--out", str(tmp_path / "stopped")], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "stopped" / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     stopped = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["state"]["epoch"]
-    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error and stopped < 15 or "--patience" in extra
+    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error and stopped < 10 or "--patience" in extra
     assert run(TRAIN, *arguments, "--out", tmp_path / "whole").returncode == 0
     assert run(TRAIN, "--quiet", "--resume", tmp_path / "stopped").returncode == 0
     for name in ("metrics.csv", "eval.json", "policy/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
     if "--patience" in extra:                                     # nothing got better: stopped early, and a resumed run does not train on
-        assert len((tmp_path / "whole" / "metrics.csv").read_text().splitlines()) < 15
+        assert len((tmp_path / "whole" / "metrics.csv").read_text().splitlines()) < 10
 
 
 def test_the_presets_trace():
