@@ -107,12 +107,12 @@ def completion_logprobs(model, prompt, completions, mask, precision=torch.float3
     """
     # The question is read once; its keys and values, with their gradient, serve all B answers. The logits behind its last token
     # predict an answer's first token, those behind the answer's token t predict token t+1.
-    start = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    start = model(input_ids=prompt, use_cache=True, logits_to_keep=1)                               # logits [1, 1, V]
     cache, B = start.past_key_values, len(completions)
     cache.batch_repeat_interleave(B)
     rest = model(input_ids=completions[:, :-1], past_key_values=cache, use_cache=True).logits       # [B, L-1, V]
     logits = torch.cat([start.logits.expand(B, -1, -1), rest], dim=1)                               # [B, L, V]
-    logprobs = torch.log_softmax(logits.to(precision), dim=-1)    # in fp32: bf16 would cost some .02 nats per token
+    logprobs = torch.log_softmax(logits.to(precision), dim=-1)    # [B, L, V] in fp32: bf16 rounds each of them
     return (logprobs.gather(-1, completions[..., None]).squeeze(-1).float() * mask).sum(dim=-1)     # [B]
 
 

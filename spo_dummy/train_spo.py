@@ -74,11 +74,11 @@ class Config:
     target: int = hp(42, "t, the number that earns 0", low=1, high=100)
     beta: float = hp(0.05, "β, softness. Too low: one answer takes all, log-ratios explode. Too high: stays with the reference", above=0)
     loss: str = hp("cross-entropy", "cross-entropy or squared (Eq. 3). The squared one insists on how bad a bad answer is, and can lose the good ones over it", choices=("squared", "cross-entropy"))
-    q0: str = hp("exact", "soft value: exact (enumeration), mc (256 samples of the reference), learned (one scalar)", choices=("exact", "mc", "learned"))
+    q0: str = hp("exact", "soft value: exact (enumeration), mc (--q0-samples answers of the reference), learned (one scalar)", choices=("exact", "mc", "learned"))
     q0_samples: int = hp(256, "samples for --q0 mc", low=1)
     behaviour: str = hp("replay", "where answers come from: uniform, on-policy, replay (half uniform, half own old answers), adversarial", choices=("uniform", "on-policy", "replay", "adversarial"))
     include_invalid: float = hp(0.0, "share of invalid answers among the uniform or adversarial ones; 0: nothing is said about strings never sampled", low=0, high=0.9)
-    epochs: int = hp(6, "epochs; Q0 is re-estimated and the policy judged before each", low=1)
+    epochs: int = hp(6, "epochs; Q0 is re-estimated before each, the policy judged after it", low=1)
     samples: int = hp(51_200, "answers per epoch", low=1)
     batch: int = hp(512, "B, answers per gradient step. Too low: noisy, slow. Too high: few steps", low=1)
     lr: float = hp(1.5e-3, "α, Adam's step size. Too high: the loss jumps. Too low: far from π* at the end. 1e-5 for a large model", above=0)
@@ -165,12 +165,12 @@ def completion_logprobs(model, prompt, completions, mask, precision=torch.float3
     """
     # The question is read once; its keys and values, with their gradient, serve all B answers. The logits behind its last token
     # predict an answer's first token, those behind the answer's token t predict token t+1.
-    start = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    start = model(input_ids=prompt, use_cache=True, logits_to_keep=1)                               # logits [1, 1, V]
     cache, B = start.past_key_values, len(completions)
     cache.batch_repeat_interleave(B)
     rest = model(input_ids=completions[:, :-1], past_key_values=cache, use_cache=True).logits       # [B, L-1, V]
     logits = torch.cat([start.logits.expand(B, -1, -1), rest], dim=1)                               # [B, L, V]
-    logprobs = torch.log_softmax(logits.to(precision), dim=-1)    # in fp32: bf16 would cost some .02 nats per token
+    logprobs = torch.log_softmax(logits.to(precision), dim=-1)    # [B, L, V] in fp32: bf16 rounds each of them
     return (logprobs.gather(-1, completions[..., None]).squeeze(-1).float() * mask).sum(dim=-1)     # [B]
 
 
@@ -197,7 +197,8 @@ def spo_loss(log_ratio, rewards, q0, beta, kind):
     if (rewards > 0).any():
         raise ValueError("the cross-entropy needs rewards of at most 0 (exp(r/β) is a probability there): subtract the greatest reward, or use --loss squared")
     # Eq. 3, the other form: y = exp(r/β) is read as the probability that the answer is optimal, q = exp(Q_T/β) as what the policy says it is.
-    # Reward and Q0 are first lowered by β: that changes π* nowhere, and keeps y ≤ 1/e away from 1, where −log(1 − q) explodes.
+    # Reward and Q0 are first lowered by β: that changes π* nowhere, and keeps y ≤ 1/e away from 1, where −log(1 − q) explodes. The minimum
+    # is at q = y, that is, Q_T = r, as for the squared form; but for a bad answer (y ≈ 0) the slope, q − y over 1 − q, ends once q ≈ 0.
     x, y, cut = q_terminal / beta - 1, (rewards / beta - 1).exp(), -0.05
     # The policy can still claim too much: for Q_T ≥ β, log(1 − q) has no value. Clamping Q_T would cut the gradient exactly where it is
     # needed; instead the curve goes on as its tangent from x = −.05, and every claim beyond is pushed down with the same force.
@@ -330,7 +331,7 @@ def update(config, accelerator, policy, reference, tokenizer, prompt, optimizer,
         if new := [k for row, k in distinct.items() if row not in known]:       # the frozen reference is asked about an answer once
             with torch.no_grad():
                 values = completion_logprobs(reference, prompt, completions[new], mask[new], precision).tolist()
-            known.update(zip([list(distinct)[k] for k in new], values))
+            known.update(zip([row for row in distinct if row not in known], values))
     old = torch.tensor([known[row] for row in distinct], device=prompt.device)[which]               # [B]
     if config.broken == "no-reference":
         old = torch.zeros_like(old)                               # BREAK: the optimum becomes exp((r − Q0)/β), which need not sum to 1
