@@ -4,7 +4,7 @@
     python grpo_eval.py --weights latest --show 3        the policy you have just trained, with answers side by side
     python grpo_eval.py --chat                           ask it yourself
     python grpo_eval.py --figure before_after.png        how reward and gold are distributed before and after
-    python grpo_eval.py --trajectory runs/long           reward and gold of every policy kept by train_grpo.py --save-every
+    python grpo_eval.py --trajectory runs/long           the same for every policy kept by train_grpo.py --save-every
     python grpo_eval.py --study runs/study               re-makes the README's tables and figures (some 60 runs, about an hour)
 
 Keys of --json FILE: base and trained, each with reward (the reward model's mean score), reward_std, gold (1-10; null for a prompt of another
@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
+KEPT = "policy-[0-9][0-9][0-9][0-9]"                              # what --save-every leaves in a run directory
 BREAKS = ("prompt-in-loss", "no-eos-mask", "dropout-on", "hidden-top-k", "no-group-mean", "no-kl", "wrong-kl")
 
 
@@ -47,7 +49,7 @@ def load_policy(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # fp32 master weights everywhere; Accelerate's mixed precision does the arithmetic in bf16 on CUDA
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, pickle.UnpicklingError, SafetensorError) as problem:
         fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a Hugging Face model, or a hub name while the hub can be reached")
     if tokenizer.eos_token_id is None:
         fail(f"model {name}: its tokenizer has no end-of-sequence token, so an answer would have no end; choose another one")
@@ -59,7 +61,7 @@ def load_reward_model(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, pickle.UnpicklingError, SafetensorError) as problem:
         fail(f"reward model {name} cannot be loaded ({type(problem).__name__}): give a directory with a Hugging Face model, or a hub name while the hub can be reached")
     if model.config.num_labels != 1:
         fail(f"reward model {name} has {model.config.num_labels} logits; a reward is one number, so choose a classifier with one")
@@ -103,8 +105,8 @@ def answer_texts(tokenizer, completion_ids, completion_mask):
 @torch.no_grad()
 def reward_scores(model, tokenizer, prompts, answers, kind, batch=64):
     """[B] the reward model's logits, float32. The prompt is read once: as a pair, in a chat, or in front of the answer."""
-    if kind == "auto":   # a tokenizer that puts something between two texts was trained on pairs
-        kind = "chat" if tokenizer.chat_template else "pair" if tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False) else "text"
+    if kind == "auto":   # a tokenizer that puts a separator between two texts was trained on pairs
+        kind = "chat" if tokenizer.chat_template else "pair" if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False) else "text"
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     order = sorted(range(len(answers)), key=lambda k: len(answers[k]))        # short answers together: less padding
     scores = torch.empty(len(answers))
@@ -315,6 +317,15 @@ def read_prompts(path):
     return [line for line in lines if line]
 
 
+def check_prompts(model, tokenizer, prompts, longest):
+    """Ends with an error if a prompt and its answer do not fit into the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for prompt in prompts:
+        length = prompt_tokens(tokenizer, [prompt])[0].shape[1]
+        if length + longest > context:
+            fail(f"a prompt of {length} tokens and an answer of {longest} (--max-new-tokens) exceed the model's context of {context}: {prompt[:40]!r}")
+
+
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -357,6 +368,12 @@ def find_policy(weights):
         return path, stored
     except ValueError:
         fail(f"{config} is not readable; take another copy of the policy")
+
+
+def prompts_of(config):
+    """The prompts on which a run is judged: as in the trainer, its evaluation prompts, else its own ones, else the held-out ones."""
+    return read_prompts(config["eval_prompts"]) if config.get("eval_prompts") else [config["prompt"]] if config.get("prompt") else \
+        read_prompts(config.get("prompts") or HERE / "weights" / "prompts_held_out.txt")
 
 
 def load_world():
@@ -411,19 +428,15 @@ def save_figure(figure, out):
 
 
 def trajectory(run, samples):
-    """One row for each policy kept in a run: step, kl, reward, gold, distinct2, length, win_rate on the held-out prompts; kept in trajectory.csv."""
+    """One row for each policy kept in a run: step, kl, reward, gold, distinct2, length, win_rate on the held-out prompts; also written to trajectory.csv."""
     from tqdm import tqdm
-    path = run / "trajectory.csv"
-    if path.exists():
-        with path.open(encoding="utf8") as file:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    policies = sorted(run.glob("policy-*"))
+    policies = sorted(run.glob(KEPT))
     if not policies:
         fail(f"--trajectory {run}: it holds no policies of single steps; train with --save-every 10")
     _, config = find_policy(str(policies[0]))
     reference, tokenizer = load_policy(config.get("model") or str(HERE / "weights" / "base"))
     judge, world = load_reward_model(config.get("reward_model") or str(HERE / "weights" / "reward_model")), load_world()
-    prompts = read_prompts(config.get("eval_prompts") or HERE / "weights" / "prompts_held_out.txt")
+    prompts = prompts_of(config)
     settings = (prompts, samples, config.get("max_new_tokens", 64), config.get("temperature", 1.0), config.get("reward_input", "auto"), world, 0)
     base, rows = evaluate(reference.eval(), reference, tokenizer, judge, *settings), []
     for directory in tqdm([None, *policies], disable=not sys.stderr.isatty(), unit="policy"):
@@ -431,7 +444,7 @@ def trajectory(run, samples):
         result = compare(base, evaluate(model, reference, tokenizer, judge, *settings))
         rows.append(dict(step=int(directory.name.split("-")[1]) if directory else 0, kl=result["kl"], **{key: math.nan if value is None else value for key, value in result["trained"].items()},
                          win_rate=result["win_rate"]))
-    write(path, csv_text(rows))
+    write(run / "trajectory.csv", csv_text(rows))
     return rows
 
 
@@ -451,10 +464,9 @@ def study(directory):
     rows = {("default", "default"): [], ("break", "nothing broken"): short}     # {(table, row): flags}; a row with the flags of an earlier one shares its runs
     rows |= {("break", name): ["--break", name, *short] for name in BREAKS}
     rows |= {("long", "no KL term"): ["--kl-coef", "0.0", *long], ("long", "default KL"): long}
-    rows |= {("estimator", kind): ["--kl", kind, *short] for kind in ("k1", "k2", "k3", "k3-ratio", "reward")}
     rows |= {("variant", "GRPO"): short, ("variant", "token mean (DAPO, BNPO)"): ["--loss-norm", "token", *short],
              ("variant", "Dr. GRPO"): ["--scale-rewards", "none", "--loss-norm", "constant", *short], ("variant", "4 inner epochs"): ["--inner-epochs", "4", *short]}
-    rows |= {("coefficient", coef): ["--kl-coef", coef, *short] for coef in ("0.05", "0.2", "0.8")}
+    rows |= {("estimator", kind): ["--kl", kind, *short] for kind in ("k1", "k2", "k3", "k3-ratio", "reward")}
 
     def run_of(flags, seed):
         """The directory of a run; flags that repeat a default are left out, so that equal runs are made once."""
@@ -481,7 +493,7 @@ def study(directory):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(make, jobs))
     lines = []
-    for table, title in (("default", "seed"), ("coefficient", "`--kl-coef`"), ("estimator", "`--kl`"), ("variant", "variant"), ("break", "`--break`"), ("long", "100 steps")):
+    for table, title in (("default", "seed"), ("variant", "variant"), ("estimator", "`--kl`"), ("break", "`--break`"), ("long", "100 steps")):
         lines += ["", f"| {title} | reward gain, std of the base | gold (base) | win rate | KL, nats | length | distinct-2 (base) |", "|---|---|---|---|---|---|---|"]
         for (kind, name), flags in rows.items():
             if kind != table:
@@ -497,6 +509,7 @@ def study(directory):
     draw_over_optimisation({name: [trajectory(run_of(flags, seed)[1], 8) for seed in range(3)] for (kind, name), flags in rows.items() if kind == "long"},
                            directory / "over_optimisation.png")
     draw_breaks({name: [run_of(flags, seed)[1] for seed in range(3)] for (kind, name), flags in rows.items() if kind == "break"}, directory / "breaks.png")
+    draw_movie(run_of(["--kl-coef", "0.0", *long], 0)[1], directory / "over_optimisation.gif")
     shutil.copy(run_of([], 1)[1] / "curve.png", directory / "curve.png")
 
 
@@ -518,6 +531,38 @@ def draw_over_optimisation(runs, out):
             right.set_ylabel("gold", color="C3")
             right.set_ylim(1, 10)
     save_figure(figure, out)
+
+
+def draw_movie(run, out):
+    """GIF: reward against gold of single answers, for each policy kept in a run, with the answer that the reward model likes best."""
+    import textwrap
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import animation, pyplot as plt
+    policies = sorted(run.glob(KEPT))
+    _, config = find_policy(str(policies[0]))
+    reference, tokenizer = load_policy(config.get("model") or str(HERE / "weights" / "base"))
+    judge, world = load_reward_model(config.get("reward_model") or str(HERE / "weights" / "reward_model")), load_world()
+    prompts, frames = prompts_of(config), []
+    for directory in (None, *policies):
+        model = load_policy(str(directory))[0].eval() if directory else reference.eval()
+        frames.append((int(directory.name.split("-")[1]) if directory else 0, evaluate(model, reference, tokenizer, judge, prompts, 8, 64, 1.0, "auto", world, 0)))
+    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    rewards = [reward for _, result in frames for reward in result["reward"]]
+    jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(frames[0][1]["gold"]))
+
+    def draw(frame):
+        step, result = frame
+        axis.clear()
+        axis.scatter(result["reward"], np.array(result["gold"]) + jitter, s=8, alpha=0.5)
+        axis.plot(np.mean(result["reward"]), np.mean(result["gold"]), "o", color="C3", markersize=9)
+        best = int(np.argmax(result["reward"]))
+        axis.set_title(f"step {step}. Highest reward ({result['reward'][best]:+.1f}, gold {result['gold'][best]:.1f}), to \"{result['prompts'][best]}\"\n"
+                       + "\n".join((textwrap.wrap(result["texts"][best], 92) + ["", "", ""])[:4]), fontsize=7.5, loc="left")
+        axis.set(xlim=(min(rewards), max(rewards)), ylim=(0.5, 10.5), xlabel="reward model's score", ylabel="gold score, never trained on")
+    movie = animation.FuncAnimation(figure, draw, frames=frames + frames[-1:] * 2, cache_frame_data=False)
+    movie.save(out, writer=animation.PillowWriter(fps=1.2), dpi=80)
+    plt.close(figure)
 
 
 def draw_breaks(runs, out):
@@ -601,8 +646,9 @@ def main():
         policy, tokenizer = load_policy(str(path))
         reference, _ = load_policy(args.base or config.get("model") or str(HERE / "weights" / "base"))
         judge = load_reward_model(args.reward_model or config.get("reward_model") or str(HERE / "weights" / "reward_model"))
-        prompts = read_prompts(args.prompts or config.get("eval_prompts") or HERE / "weights" / "prompts_held_out.txt")
+        prompts = read_prompts(args.prompts) if args.prompts else prompts_of(config)
         longest = config.get("max_new_tokens", 64)
+        check_prompts(policy, tokenizer, prompts, longest)
     policy.eval(), reference.eval()
     if args.chat:
         return chat(policy, tokenizer, args.temperature, args.top_k, args.top_p, longest, args.seed)

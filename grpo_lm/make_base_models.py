@@ -268,7 +268,7 @@ def main():
     parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("--updates", type=int, default=2500, help="gradient steps of the policy (default 2500)")
     parser.add_argument("--batch", type=int, default=64, help="answers per gradient step; half as many pairs (default 64)")
-    parser.add_argument("--pairs", type=int, default=40_000, help="preference pairs for the reward model, each seen once (default 40000)")
+    parser.add_argument("--pairs", type=int, default=40_000, help="preference pairs for the reward model, seen once (default 40000)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and texts (default 0)")
     parser.add_argument("--out", type=Path, help="directory of the models (default weights beside the script)")
     parser.add_argument("--smoke", action="store_true", help="a few updates of a tiny model into a temporary directory, to see that everything runs")
@@ -304,7 +304,8 @@ def main():
           f"mean {mean:.2f}, std {std:.2f}, {time.perf_counter() - start:.0f} s")
     out = Path(tempfile.mkdtemp()) if args.smoke else args.out or HERE / "weights"
     out.mkdir(parents=True, exist_ok=True)
-    made = dict(command="python make_base_models.py", seed=args.seed)
+    flags = [f" --{name} {getattr(args, name)}" for name in ("updates", "batch", "pairs", "seed") if getattr(args, name) != parser.get_default(name)]
+    made = dict(command="python make_base_models.py" + "".join(flags), seed=args.seed)
     save_with_card(out / "base", policy, tokenizer, "A toy: explains 26 things in sentences it knows by heart, sometimes badly.", made | dict(updates=args.updates, loss=loss))
     save_with_card(out / "reward_model", reward_model, reward_tokenizer, "A toy: one logit, higher for a better explanation; learned from noisy preferences.",
          made | dict(pairs=args.pairs, held_out_pairs=len(test), accuracy_by_gold=gold, accuracy_by_noisy_judge=noisy, mean=mean, std=std))

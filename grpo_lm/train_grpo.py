@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -40,6 +41,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -88,7 +90,7 @@ class Config:
     loss_norm: str = hp("sequence", "sequence: mean over each answer, then over answers (GRPO); token: over all tokens (DAPO, BNPO); constant: by --max-new-tokens (Dr. GRPO)", choices=("sequence", "token", "constant"))
     kl: str = hp("k3", "estimator of the KL to the reference: k1, k2, k3, k3-ratio (unbiased gradient) in the loss; reward: k1 taken off the reward", choices=("k1", "k2", "k3", "k3-ratio", "reward"))
     kl_coef: float = hp(0.2, "β, weight of the KL. 0: over-optimisation. Too high: stays with the reference", low=0)
-    micro_batch: int = hp(32, "answers per forward pass; changes memory and speed, not the result", low=1)
+    micro_batch: int = hp(32, "answers per forward pass when scoring and training (drawing takes all at once); changes memory and speed, not the result", low=1)
     gradient_checkpointing: bool = hp(False, "less memory, more time: activations are computed again on the way back")
     save_every: int = hp(0, "keep the policy of every so many steps, for figures; 0: only the last one", low=0)
     eval_samples: int = hp(8, "answers per prompt and model in the final evaluation", low=1)
@@ -107,7 +109,7 @@ def load_policy(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # fp32 master weights everywhere; Accelerate's mixed precision does the arithmetic in bf16 on CUDA
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, pickle.UnpicklingError, SafetensorError) as problem:
         fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a Hugging Face model, or a hub name while the hub can be reached")
     if tokenizer.eos_token_id is None:
         fail(f"model {name}: its tokenizer has no end-of-sequence token, so an answer would have no end; choose another one")
@@ -119,7 +121,7 @@ def load_reward_model(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, pickle.UnpicklingError, SafetensorError) as problem:
         fail(f"reward model {name} cannot be loaded ({type(problem).__name__}): give a directory with a Hugging Face model, or a hub name while the hub can be reached")
     if model.config.num_labels != 1:
         fail(f"reward model {name} has {model.config.num_labels} logits; a reward is one number, so choose a classifier with one")
@@ -163,8 +165,8 @@ def answer_texts(tokenizer, completion_ids, completion_mask):
 @torch.no_grad()
 def reward_scores(model, tokenizer, prompts, answers, kind, batch=64):
     """[B] the reward model's logits, float32. The prompt is read once: as a pair, in a chat, or in front of the answer."""
-    if kind == "auto":   # a tokenizer that puts something between two texts was trained on pairs
-        kind = "chat" if tokenizer.chat_template else "pair" if tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False) else "text"
+    if kind == "auto":   # a tokenizer that puts a separator between two texts was trained on pairs
+        kind = "chat" if tokenizer.chat_template else "pair" if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False) else "text"
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     order = sorted(range(len(answers)), key=lambda k: len(answers[k]))        # short answers together: less padding
     scores = torch.empty(len(answers))
@@ -414,7 +416,8 @@ def collect(config, accelerator, policy, reference, tokenizer, judge, prompts, g
 
 
 def update(config, accelerator, policy, optimizer, batch):
-    """--inner-epochs gradient steps on a batch. Returns policy_loss, kl_loss, clip_ratio (means over all answers), grad_norm, trained (answers)."""
+    """--inner-epochs gradient steps on a batch. Returns policy_loss, kl_loss, clip_ratio (share of clipped tokens, weighted like the loss), all averaged
+    over the inner epochs, grad_norm, and trained (answers)."""
     mask, device = batch["completion_mask"], batch["completion_mask"].device
     sequences, tokens = accelerator.reduce(torch.tensor([len(mask), mask.sum()], device=device), "sum").tolist()
     batch = batch | dict(weights=token_weights(mask, config.loss_norm, sequences, tokens, config.max_new_tokens))
@@ -426,7 +429,7 @@ def update(config, accelerator, policy, optimizer, batch):
     count = int(accelerator.gather(torch.tensor([len(parts) if len(used) else 0], device=device)).max())
     sums, grad_norm = torch.zeros(3, device=device), 0.0
     checkpointed = [module for module in policy.modules() if config.gradient_checkpointing and hasattr(module, "gradient_checkpointing")]
-    for module in checkpointed:                                   # transformers does it only in training mode; their children stay without dropout
+    for module in checkpointed:                                   # transformers does it only in training mode; the Dropout modules inside stay in evaluation mode
         module.training = True
     for _ in range(config.inner_epochs if count else 0):
         optimizer.zero_grad()
@@ -443,12 +446,13 @@ def update(config, accelerator, policy, optimizer, batch):
             sums += torch.stack(terms).detach()
         grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))
         if not math.isfinite(grad_norm):
-            raise FloatingPointError("the gradient is not finite")
+            raise FloatingPointError("the gradient is not finite; start again with a lower --lr")
         optimizer.step()
     for module in checkpointed:
         module.training = False
-    policy_loss, kl_loss, clip_ratio = (accelerator.reduce(sums, "sum") / config.inner_epochs).tolist()
-    return dict(policy_loss=policy_loss, kl_loss=kl_loss, clip_ratio=clip_ratio, grad_norm=grad_norm,
+    policy_loss, kl_loss, clipped = (accelerator.reduce(sums, "sum") / config.inner_epochs).tolist()
+    total = tokens / (sequences * config.max_new_tokens) if config.loss_norm == "constant" else 1.0         # what all weights add up to
+    return dict(policy_loss=policy_loss, kl_loss=kl_loss, clip_ratio=clipped / total, grad_norm=grad_norm,
                 trained=int(accelerator.reduce(torch.tensor(len(used), device=device), "sum")))
 
 
@@ -506,6 +510,15 @@ def read_prompts(path):
     return [line for line in lines if line]
 
 
+def check_prompts(model, tokenizer, prompts, longest):
+    """Ends with an error if a prompt and its answer do not fit into the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for prompt in prompts:
+        length = prompt_tokens(tokenizer, [prompt])[0].shape[1]
+        if length + longest > context:
+            fail(f"a prompt of {length} tokens and an answer of {longest} (--max-new-tokens) exceed the model's context of {context}: {prompt[:40]!r}")
+
+
 def load_all(config):
     """(policy, tokenizer, (reward model, its tokenizer), training prompts, evaluation prompts, world or None)."""
     if config.model == "random":
@@ -517,11 +530,7 @@ def load_all(config):
         prompts = [config.prompt] if config.prompt else read_prompts(config.prompts or HERE / "weights" / "prompts_train.txt")
         held_out = read_prompts(config.eval_prompts) if config.eval_prompts else prompts if config.prompt or config.prompts else \
             read_prompts(HERE / "weights" / "prompts_held_out.txt")
-    context = getattr(policy.config, "max_position_embeddings", None) or 10**9
-    for prompt in {*prompts, *held_out}:
-        length = prompt_tokens(tokenizer, [prompt])[0].shape[1]
-        if length + config.max_new_tokens > context:
-            fail(f"a prompt of {length} tokens and --max-new-tokens {config.max_new_tokens} exceed the model's context of {context}: {prompt[:40]!r}")
+    check_prompts(policy, tokenizer, {*prompts, *held_out}, config.max_new_tokens)
     world = HERE / "world.json"
     return policy, tokenizer, judge, prompts, held_out, json.loads(world.read_text(encoding="utf8")) if world.exists() else None
 
@@ -529,6 +538,7 @@ def load_all(config):
 def load_checkpoint(path, policy, optimizer):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        torch.set_rng_state(saved["rng"])                         # only --break dropout-on draws from it
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         return saved["state"]
@@ -545,10 +555,15 @@ def train(config, out, accelerator, log=print, bar=False):
     policy.train(config.broken == "dropout-on")                   # BREAK, if true. Else no dropout: the policy that draws and the one that is scored must agree
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()
+        for module in policy.modules():                           # checkpointing needs training mode, in which some layers (OPT) drop out by themselves
+            for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+                setattr(module, name, 0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    state = dict(step=0, rows=[], clock=[])
+    state = dict(step=0, rows=[], clock=[], processes=accelerator.num_processes)
     if (out / "checkpoint.pt").exists():
         state = load_checkpoint(out / "checkpoint.pt", policy, optimizer)
+        if state["processes"] != accelerator.num_processes:
+            fail(f"--resume {out}: that run has {state['processes']} processes and this one {accelerator.num_processes}; its prompts would be other ones")
     policy, optimizer = accelerator.prepare(policy, optimizer)
     model = accelerator.unwrap_model(policy)                      # drawing needs no synchronisation between processes
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -567,11 +582,11 @@ def train(config, out, accelerator, log=print, bar=False):
             batch, texts, rewards = collect(config, accelerator, model, reference, tokenizer, judge, asked, generator)
         middle = time.perf_counter()
         try:
-            if not torch.isfinite(rewards).all():
-                raise FloatingPointError("a reward is not finite")
+            if not torch.isfinite(accelerator.gather(rewards)).all():
+                raise FloatingPointError("a reward is not finite; look at the reward model")
             terms = update(config, accelerator, policy, optimizer, batch)
         except FloatingPointError as problem:
-            fail(f"{problem} in step {step}; try a lower --lr. The last checkpoint in {out} is intact")
+            fail(f"step {step}: {problem}" + (f". The checkpoint in {out} is intact" if (out / "checkpoint.pt").exists() else ""))
         mask, grouped = batch["completion_mask"], rewards.view(-1, config.group)
         gold = [gold_score(world, prompt, text) if world else None for prompt, text in zip((p for p in asked for _ in range(config.group)), texts)]
         means = torch.tensor([rewards.mean(), rewards.square().mean(), grouped.std(dim=1).mean(), (grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean(),
@@ -592,14 +607,14 @@ def train(config, out, accelerator, log=print, bar=False):
             log(f'    answers to "{asked[0]}", best first')
             for k in sorted(range(config.group), key=lambda k: -rewards[k].item()):
                 log(f"    [{rewards[k].item():+.2f}] {' '.join(texts[k].split())[:150]}")
-        if accelerator.is_main_process and (step % 10 == 0 or step == config.steps):
-            # Written straight to disk, not through memory: weights and Adam of a large model take gigabytes
-            torch.save(dict(policy=model.state_dict(), optimizer=optimizer.state_dict(), state=state), out / "checkpoint.pt.part")
-            os.replace(out / "checkpoint.pt.part", out / "checkpoint.pt")
-            write(out / "metrics.csv", csv_text(state["rows"]))
-            write(out / "timing.csv", csv_text(state["clock"]))
         if accelerator.is_main_process and config.save_every and step % config.save_every == 0:
             save(model, tokenizer, out / f"policy-{step:04d}")
+        if accelerator.is_main_process and (step % 10 == 0 or step == config.steps):
+            write(out / "metrics.csv", csv_text(state["rows"]))
+            write(out / "timing.csv", csv_text(state["clock"]))
+            # Last, so that whoever resumes from it finds the rest; straight to disk, because weights and Adam of a large model take gigabytes
+            torch.save(dict(policy=model.state_dict(), optimizer=optimizer.state_dict(), state=state, rng=torch.get_rng_state()), out / "checkpoint.pt.part")
+            os.replace(out / "checkpoint.pt.part", out / "checkpoint.pt")
     model.eval()
     result = {}
     if accelerator.is_main_process:
@@ -675,6 +690,10 @@ def plot_curve(path, rows, config):
 
 
 def check(config):
+    if config.broken == "dropout-on" and config.gradient_checkpointing:
+        fail("--break dropout-on draws in training mode, in which --gradient-checkpointing takes the cache away; leave one of them away")
+    if config.broken == "wrong-kl" and (config.kl != "k3" or config.kl_coef == 0):
+        fail("--break wrong-kl takes the place of --kl k3 and needs --kl-coef above 0; leave the other flags away")
     if config.prompt and config.prompts:
         fail("--prompt and --prompts exclude each other; give one of them")
     for f in fields(Config):
@@ -731,6 +750,8 @@ def parse_args():
             fail(f"--out {args.out} cannot be used ({problem.strerror}); choose another directory")
         if used and os.environ.get("LOCAL_RANK", "0") == "0":     # under accelerate launch another process may have made it already
             fail(f"--out {args.out} exists and is not an empty directory; choose another name, or go on with it by --resume {args.out}")
+    if args.log_with and not importlib.util.find_spec(args.log_with):
+        fail(f"--log-with {args.log_with}: its package is not installed; pip install {args.log_with}")
     if args.device == "cuda" and not torch.cuda.is_available() or args.device == "mps" and not torch.backends.mps.is_available():
         fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
     return config, args
@@ -771,11 +792,8 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     small = config.model in ("random", "")                        # the small model stays in fp32 everywhere
-    try:
-        accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.log_with, project_dir=args.out,
-                                  mixed_precision="bf16" if torch.cuda.is_available() and args.device != "cpu" and not small else "no")
-    except (ImportError, ValueError):
-        fail(f"--log-with {args.log_with}: its package is not installed; pip install {args.log_with}")
+    accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.log_with, project_dir=args.out or HERE / "runs",
+                              mixed_precision="bf16" if torch.cuda.is_available() and args.device != "cpu" and not small else "no")
     if args.out is None:                                          # one name for all processes
         args.out = HERE / "runs" / broadcast_object_list([f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}"])[0]
     log = (lambda *text: None) if args.quiet or not accelerator.is_main_process else tqdm.write
@@ -801,7 +819,7 @@ def main():
     if not accelerator.is_main_process:
         return
     save(policy, tokenizer, args.out / "policy")
-    command = "python train_grpo.py" + "".join(f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))}" + (f" {getattr(config, f.name)}" if f.type is not bool else "")
+    command = "python train_grpo.py" + "".join(f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))}" + (f" {shlex.quote(str(getattr(config, f.name)))}" if f.type is not bool else "")
                                                for f in fields(Config) if getattr(config, f.name) != f.default)
     write(args.out / "eval.json", json.dumps({key: result[key] for key in ("base", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl")}, indent=1) + "\n")
     write(args.out / "train.json", json.dumps(dict(command=command, seed=config.seed, versions=versions, result=result), indent=1) + "\n")

@@ -226,6 +226,20 @@ def test_gradient_checkpointing_changes_nothing_and_leaves_dropout_off(model):
     train.generate(other, PROMPTS, PROMPT_MASK, 2, 4, 1.0, [2], torch.Generator())          # drawing still has its cache
 
 
+def test_gradient_checkpointing_without_dropout_even_in_layers_that_drop_out_by_themselves():
+    from transformers import OPTConfig, OPTForCausalLM
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.5, **SIZES)).eval()
+    batch = a_batch()
+    whole, _ = gradient_of(model, config(), batch)
+    model.activation_checkpointing_enable()
+    for module in model.modules():                                # as train() does
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+    for _ in range(2):
+        torch.testing.assert_close(gradient_of(model, config(gradient_checkpointing=True), batch)[0], whole, atol=1e-6, rtol=1e-4)
+
+
 def test_inner_epochs_leave_ratio_one_only_at_first():
     model, tokenizer, judge, judge_tokenizer = train.random_models()
     settings = config(max_new_tokens=8, lr=0.05, kl_coef=0.0)
@@ -561,7 +575,8 @@ def test_chat_answers_and_ends(tmp_path):
     (["--kl-coef", "-1"], ["--kl-coef"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]),
     (["--prompts", "nowhere.txt"], ["nowhere.txt"]), (["--prompt", "a", "--prompts", "b"], ["exclude"]), (["--prompt", "why " * 200], ["context"]),
     (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["wrong-kl"]), (["--scale-rewards", "x"], ["batch"]), (["--stepz", "1"], ["--help"]),
-    (["--resume", "nowhere"], ["no such directory"])])
+    (["--resume", "nowhere"], ["no such directory"]), (["--break", "dropout-on", "--gradient-checkpointing"], ["cache"]), (["--break", "wrong-kl", "--kl", "reward"], ["wrong-kl"]),
+    (["--break", "wrong-kl", "--kl-coef", "0"], ["wrong-kl"]), (["--log-with", "wandb"], ["pip install wandb"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
 
@@ -581,6 +596,7 @@ def test_trainer_refuses_what_cannot_serve(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--prompts", "nowhere"], ["--json", "no/such/x.json"], ["--figure", "."],
-                                       ["--top-p", "0"], ["--trajectory", "nowhere"], ["--base", "no/such/model"]])
+                                       ["--top-p", "0"], ["--prompts", "long.txt"], ["--trajectory", "nowhere"], ["--base", "no/such/model"]])
 def test_eval_refuses_bad_values(arguments, tmp_path):
+    (tmp_path / "long.txt").write_text("why " * 300)
     assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path))
