@@ -506,30 +506,36 @@ def study(directory):
                              f"| {each(lambda r: r['trained']['length'], '.0f')} | {each(lambda r: r['trained']['distinct2'], '.2f')} ({results[0]['base']['distinct2']:.2f}) |")
     write(directory / "tables.md", "\n".join(lines[1:]) + "\n")
     print("\n".join(lines[1:]))
-    draw_over_optimisation({name: [trajectory(run_of(flags, seed)[1], 8) for seed in range(3)] for (kind, name), flags in rows.items() if kind == "long"},
-                           directory / "over_optimisation.png")
+    draw_over_optimisation({name: [run_of(flags, seed)[1] for seed in range(3)] for (kind, name), flags in rows.items() if kind == "long"}, directory / "over_optimisation.png")
     draw_breaks({name: [run_of(flags, seed)[1] for seed in range(3)] for (kind, name), flags in rows.items() if kind == "break"}, directory / "breaks.png")
     draw_movie(run_of(["--kl-coef", "0.0", *long], 0)[1], directory / "over_optimisation.gif")
     shutil.copy(run_of([], 1)[1] / "curve.png", directory / "curve.png")
 
 
+def read_metrics(run):
+    """{column: [steps]} of a run's metrics.csv."""
+    with (run / "metrics.csv").open(encoding="utf8") as file:
+        rows = list(csv.DictReader(file))
+    return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+
+
 def draw_over_optimisation(runs, out):
-    """Reward and gold on held-out prompts against √KL and against the step; a thin line per seed."""
+    """Reward and gold of the answers drawn in training, against the step and against √KL; a thin line per seed."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, len(runs), figsize=(5.5 * len(runs), 6.2), layout="constrained", squeeze=False)
-    for column, (name, seeds) in enumerate(runs.items()):
-        for axis, across in zip(axes[:, column], ("step", "√KL")):
+    for column, (name, directories) in enumerate(runs.items()):
+        for axis, across in zip(axes[:, column], ("step", "√KL, √nats per answer")):
             right = axis.twinx()
-            for k, rows in enumerate(seeds):
-                x = [row["step"] if across == "step" else math.sqrt(max(row["kl"], 0)) for row in rows]
-                axis.plot(x, [row["reward"] for row in rows], color="C0", marker=".", linewidth=1, label="reward model's score" if k == 0 else None)
-                right.plot(x, [row["gold"] for row in rows], color="C3", marker=".", linewidth=1, label="gold" if k == 0 else None)
-            axis.set(title=f"{name}, three seeds", xlabel=across + (", √nats per answer" if across == "√KL" else ""))
-            axis.set_ylabel("reward", color="C0")
-            right.set_ylabel("gold", color="C3")
-            right.set_ylim(1, 10)
+            for metrics in map(read_metrics, directories):
+                x = metrics["step"] if across == "step" else np.sqrt(np.maximum(metrics["kl"], 0))
+                axis.plot(x, metrics["reward"], ".", color="C0", markersize=4)
+                right.plot(x, metrics["gold"], ".", color="C3", markersize=4)
+            axis.set(title=f"{name}, three seeds", xlabel=across, ylim=(-1.5, 4))
+            axis.set_ylabel("reward model's score", color="C0")
+            right.set_ylabel("gold score", color="C3")
+            right.set_ylim(1, 7)
     save_figure(figure, out)
 
 
@@ -571,8 +577,7 @@ def draw_breaks(runs, out):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), sharex=True, sharey=True, layout="constrained")
-    read = lambda run: [float(row["gold"]) for row in csv.DictReader((run / "metrics.csv").open(encoding="utf8"))]
-    curves = {name: np.array([read(run) for run in directories]) for name, directories in runs.items()}
+    curves = {name: np.array([read_metrics(run)["gold"] for run in directories]) for name, directories in runs.items()}
     for axis, (name, gold) in zip(axes.flat, curves.items()):
         steps = np.arange(1, gold.shape[1] + 1)
         axis.plot(steps, np.median(curves["nothing broken"], axis=0), color="C7", label="nothing broken")
