@@ -349,7 +349,7 @@ def test_rewards_in_a_batch_equal_single_ones_and_the_prompt_is_read_once():
         def __call__(self, *texts, **kwargs):
             seen.append(texts)
             return original(tokenizer, *texts, **kwargs)
-    spy = Spy(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    spy = Spy(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<|pad|>", eos_token="<|end|>", sep_token="<|sep|>")
     train.reward_scores(model, spy, prompts[:1], answers[:1], "auto")
     assert seen == [(prompts[:1], answers[:1])]                   # a pair: this tokenizer puts a separator between
     train.reward_scores(model, spy, prompts[:1], answers[:1], "text")
