@@ -5,7 +5,7 @@
     python grpo_eval.py --chat                           ask it yourself
     python grpo_eval.py --figure before_after.png        how reward and gold are distributed before and after
     python grpo_eval.py --trajectory runs/long           the same for every policy kept by train_grpo.py --save-every
-    python grpo_eval.py --study runs/study               re-makes the README's tables and figures (some 60 runs, about an hour)
+    python grpo_eval.py --study runs/study               re-makes the README's tables and figures (54 runs, about an hour)
 
 Keys of --json FILE: base and trained, each with reward (the reward model's mean score), reward_std, gold (1-10; null for a prompt of another
 world), length (tokens), distinct2 (0-1); win_rate, win_rate_low, win_rate_high (0-1; trained against base, by gold if there is one, else by
@@ -200,7 +200,7 @@ def generate(model, prompt_ids, prompt_mask, group, longest, temperature, ends, 
     rows, going, ends = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device), torch.tensor(ends, device=device)
     for t in range(longest):
         logp = truncate(logits.float() / temperature, top_k, top_p).log_softmax(dim=-1)             # [A, V], A rows are still in the batch
-        # One uniform number per row, looked up in the cumulative distribution: as multinomial, with V times fewer random numbers
+        # [A, V]; one uniform number per row, looked up in the cumulative distribution: as multinomial, with V times fewer random numbers
         cumulative = logp.exp().cumsum(dim=-1)
         uniform = torch.rand(len(rows), 1, generator=generator).to(device) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logp.shape[1] - 1)    # [A, 1]
@@ -245,8 +245,8 @@ def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, completi
 
 
 def parts_by_length(rows, completion_mask, size):
-    """The row numbers in parts of at most `size`, sorted by length, so that short answers do not pay for the padding of long ones."""
-    return list(rows[completion_mask[rows].sum(dim=1).argsort(stable=True)].split(size))
+    """The row numbers in parts of at most `size`, sorted by length, so that short answers do not pay for the padding of long ones; [] for no rows."""
+    return [part for part in rows[completion_mask[rows].sum(dim=1).argsort(stable=True)].split(size) if len(part)]
 
 
 def cut(batch, part):

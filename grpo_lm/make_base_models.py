@@ -1,6 +1,6 @@
 """Makes the small models of the GRPO lesson: a policy that explains things, well and badly, and a reward model that tells the difference.
 
-    python make_base_models.py            15 minutes or so on two cores; writes weights/base, weights/reward_model and the prompt files
+    python make_base_models.py            18 minutes on two slow cores; writes weights/base, weights/reward_model and the prompt files
 
 world.json holds 26 topics with nine true statements each, and what people do wrong: off-topic statements, repetition, filler, rudeness,
 sentences that stop in the middle. Answers are put together from these at every level of quality. From them come

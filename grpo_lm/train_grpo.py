@@ -259,7 +259,7 @@ def kl_estimate(logprobs, ref_logprobs, ratio, kind):
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, eps, kl_coef, kl):
-    """Eq. 2-4. logprobs [B, L] with gradient; old_logprobs, ref_logprobs, weights [B, L]; advantages [B].
+    """Eq. 2-4. logprobs [B, L], the only argument with a gradient; old_logprobs, ref_logprobs, weights [B, L]; advantages [B].
 
     Returns (loss, policy part, KL part, share of clipped tokens), all sums weighted with `weights`; ref_logprobs may be None if kl_coef is 0.
     """
@@ -267,6 +267,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, eps, kl
     # Eq. 2
     ratio = (logprobs - old_logprobs).exp()                                                         # [B, L]
     # Eq. 4   the minimum: an answer may not gain by leaving the trust region, but it can always be corrected
+    #         minus, because an optimizer minimises
     policy = -(weights * torch.minimum(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages)).sum()
     clipped = (weights * ((ratio > 1 + eps) & (advantages > 0) | (ratio < 1 - eps) & (advantages < 0))).sum()
     divergence = (weights * kl_estimate(logprobs, ref_logprobs, ratio, kl)).sum() if kl_coef > 0 and kl != "reward" else torch.zeros_like(policy)
@@ -319,7 +320,7 @@ def generate(model, prompt_ids, prompt_mask, group, longest, temperature, ends, 
     rows, going, ends = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device), torch.tensor(ends, device=device)
     for t in range(longest):
         logp = truncate(logits.float() / temperature, top_k, top_p).log_softmax(dim=-1)             # [A, V], A rows are still in the batch
-        # One uniform number per row, looked up in the cumulative distribution: as multinomial, with V times fewer random numbers
+        # [A, V]; one uniform number per row, looked up in the cumulative distribution: as multinomial, with V times fewer random numbers
         cumulative = logp.exp().cumsum(dim=-1)
         uniform = torch.rand(len(rows), 1, generator=generator).to(device) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logp.shape[1] - 1)    # [A, 1]
@@ -364,8 +365,8 @@ def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, completi
 
 
 def parts_by_length(rows, completion_mask, size):
-    """The row numbers in parts of at most `size`, sorted by length, so that short answers do not pay for the padding of long ones."""
-    return list(rows[completion_mask[rows].sum(dim=1).argsort(stable=True)].split(size))
+    """The row numbers in parts of at most `size`, sorted by length, so that short answers do not pay for the padding of long ones; [] for no rows."""
+    return [part for part in rows[completion_mask[rows].sum(dim=1).argsort(stable=True)].split(size) if len(part)]
 
 
 def cut(batch, part):
@@ -426,7 +427,7 @@ def update(config, accelerator, policy, optimizer, batch):
     used = torch.arange(len(mask), device=device) if kl_in_loss else batch["advantages"].nonzero()[:, 0]
     parts = parts_by_length(used, mask, config.micro_batch)
     # Processes exchange gradients in step, so each needs as many parts as the one with most; what is missing is filled with rows of weight 0
-    count = int(accelerator.gather(torch.tensor([len(parts) if len(used) else 0], device=device)).max())
+    count = int(accelerator.gather(torch.tensor([len(parts)], device=device)).max())
     sums, grad_norm = torch.zeros(3, device=device), 0.0
     checkpointed = [module for module in policy.modules() if config.gradient_checkpointing and hasattr(module, "gradient_checkpointing")]
     for module in checkpointed:                                   # transformers does it only in training mode; the Dropout modules inside stay in evaluation mode
@@ -434,8 +435,8 @@ def update(config, accelerator, policy, optimizer, batch):
     for _ in range(config.inner_epochs if count else 0):
         optimizer.zero_grad()
         for k in range(count):
-            rows = cut(batch, parts[k] if k < len(parts) and len(used) else torch.zeros(1, dtype=torch.long, device=device))
-            weights = rows["weights"] if k < len(parts) and len(used) else torch.zeros_like(rows["weights"])
+            rows = cut(batch, parts[k] if k < len(parts) else torch.zeros(1, dtype=torch.long, device=device))
+            weights = rows["weights"] if k < len(parts) else torch.zeros_like(rows["weights"])
             with accelerator.no_sync(policy) if k < count - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
                     logprobs = completion_logprobs(policy, rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"], config.temperature)
@@ -589,10 +590,11 @@ def train(config, out, accelerator, log=print, bar=False):
             fail(f"step {step}: {problem}" + (f". The checkpoint in {out} is intact" if (out / "checkpoint.pt").exists() else ""))
         mask, grouped = batch["completion_mask"], rewards.view(-1, config.group)
         gold = [gold_score(world, prompt, text) if world else None for prompt, text in zip((p for p in asked for _ in range(config.group)), texts)]
-        means = torch.tensor([rewards.mean(), rewards.square().mean(), grouped.std(dim=1).mean(), (grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean(),
+        means = torch.tensor([rewards.mean(), grouped.std(dim=1).mean(), (grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean(),
                               (batch["old_logprobs"] - batch["ref_logprobs"]).sum(dim=1).mean(), -batch["old_logprobs"].sum(), mask.sum(),
                               (mask.sum(dim=1) == config.max_new_tokens).float().mean(), math.nan if None in gold else float(np.mean(gold))], device=rewards.device)
-        reward, _, reward_std, equal, kl, surprise, tokens, cut_off, gold_mean = accelerator.reduce(means, "mean").tolist()
+        # entropy is estimated: the mean of −log π over the tokens drawn; kl likewise, the mean over answers of Σ_t log π − log π_ref
+        reward, reward_std, equal, kl, surprise, tokens, cut_off, gold_mean = accelerator.reduce(means, "mean").tolist()
         row = dict(step=step, reward=reward, reward_std=reward_std, reward_max=accelerator.gather(rewards).max().item(), gold=gold_mean,
                    frac_reward_zero_std=equal, kl=kl, entropy=surprise / tokens, clip_ratio=terms["clip_ratio"], completion_length=tokens / len(mask),
                    cut_off_ratio=cut_off, policy_loss=terms["policy_loss"], kl_loss=terms["kl_loss"], grad_norm=terms["grad_norm"], trained=terms["trained"])
