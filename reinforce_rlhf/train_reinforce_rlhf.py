@@ -84,9 +84,9 @@ class Config:
     max_length: int = hp(128, "tokens of a prompt and its answer together; longer prompts are left out, longer answers cut", low=8, key="max_length")
     reward_model: str = hp("", "path of a trained reward model: part 1 is skipped")
     rm_output_dir: str = hp("", "where the reward model goes (default: reward_model in the run's directory)", key="reward_model.output_dir")
-    rm_lr: float = hp(1e-3, "AdamW's step size in part 1. 1e-5 for 135 M parameters", above=0, key="reward_model.learning_rate")
-    rm_batch_size: int = hp(32, "pairs per step", low=1, key="reward_model.batch_size")
-    rm_epochs: int = hp(2, "passes over the pairs. Too many: it learns the annotators' errors by heart", low=1, key="reward_model.num_train_epochs")
+    rm_lr: float = hp(5e-4, "AdamW's step size in part 1. 1e-5 for 135 M parameters", above=0, key="reward_model.learning_rate")
+    rm_batch_size: int = hp(16, "pairs per step", low=1, key="reward_model.batch_size")
+    rm_epochs: int = hp(4, "passes over the pairs. Too many: it learns the annotators' errors by heart", low=1, key="reward_model.num_train_epochs")
     rm_center: float = hp(0.01, "c, level 1: how firmly rewards are held around 0", low=0, key="reward_model.center_coefficient")
     validation_split: float = hp(0.1, "share of the prompts held out, where the data come without held-out pairs", above=0, high=0.9, key="reward_model.validation_split")
     estimator: str = hp("reinforce", "reinforce: baseline from earlier batches; rloo: from the other answers to the same prompt", choices=("reinforce", "rloo"))
@@ -982,6 +982,18 @@ def config_of_run(directory, given):
     return config
 
 
+def command_of(config):
+    """The command line that makes a run of this configuration."""
+    words = ["python train_reinforce_rlhf.py", f"--level {config.level}"]
+    for f in fields(Config)[1:]:
+        value, default = getattr(config, f.name), f.default if f.name != "k" else 4 if config.estimator == "rloo" else 1
+        if f.name == "reward_model" and value == str(HERE / "weights" / f"reward_model_level{config.level}"):
+            words.append("--skip-reward-training")
+        elif value != default:
+            words.append(f"{f.metadata.get('flag', '--' + f.name.replace('_', '-'))} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1020,9 +1032,7 @@ def main():
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    command = "python train_reinforce_rlhf.py" + "".join(f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))} {shlex.quote(str(getattr(stored, f.name)))}"
-                                                         for f in fields(Config) if f.name == "level" or getattr(stored, f.name) != f.default and (f.name, stored.k) not in (("k", 1), ("k", 4)))
-    write(args.out / "train.json", json.dumps(dict(command=command + " --only-reward-model" * args.only_reward_model, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
+    write(args.out / "train.json", json.dumps(dict(command=command_of(stored) + " --only-reward-model" * args.only_reward_model, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
     if args.only_reward_model:
         log(f"the reward model is in {config.rm_output_dir or args.out / 'reward_model'}")
         return
