@@ -20,6 +20,7 @@ import argparse
 import csv
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -78,7 +79,7 @@ class Config:
     repetition_penalty: float = hp(1.0, "logits of tokens already in the text shrink by it, alike when drawing and when scoring; 1: off", low=1, high=10, key="reinforce.repetition_penalty")
     max_new_tokens: int = hp(64, "tokens after which an answer is cut off", low=1, key="reinforce.max_new_tokens")
     grad_clip: float = hp(1.0, "gradient norm above which a step is shortened", above=0)
-    micro_batch: int = hp(32, "answers per forward pass when scoring and training; changes memory and speed, not the result", low=1)
+    micro_batch: int = hp(32, "answers per forward pass when scoring and training; changes memory and speed, not the result", low=1, key="reinforce.micro_batch")
     validation_interval: int = hp(10, "steps between two looks at held-out prompts, each with a checkpoint-K", low=1, key="reinforce.validation_interval")
     eval_samples: int = hp(2, "answers per held-out prompt and model in the final evaluation", low=1)
     broken: str = hp("", "remove ingredients and watch (several: with commas): " + ", ".join(BREAKS), flag="--break")
@@ -143,6 +144,7 @@ def load_data(dataset, split, validation_split, seed):
             from datasets import load_dataset
         except ImportError:
             fail(f"--dataset {dataset} is no file, and hub datasets need a package: pip install datasets")
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)                             # its retries would print a line each
         try:
             pairs = [checked_pair(record) for record in load_dataset(dataset, split=split)]
         except Exception as problem:                                # the hub's own errors are of many kinds
@@ -493,8 +495,9 @@ def collect(config, policy, reference, tokenizer, judge, prompts, generator):
         logprobs = score(policy, batch, config.temperature, config.repetition_penalty, config.micro_batch)
     kl = (logprobs - score(reference, batch, config.temperature, config.repetition_penalty, config.micro_batch)).sum(dim=1)
     rewards = reward_of(reward_logits(*judge, [prompt for prompt in prompts for _ in range(config.k)], texts, config.max_length)).to(device)
-    # Eq. 4   the whole answer's KL, as a price
-    return batch | dict(logprobs=logprobs, rewards=rewards, kl=kl, returns=rewards - config.kl_coef * kl), texts
+    price = 0.0 if "no-kl" in config.broken else config.kl_coef   # BREAK, if 0: nothing holds the policy near the model it came from
+    # Eq. 4
+    return batch | dict(logprobs=logprobs, rewards=rewards, kl=kl, returns=rewards - price * kl), texts
 
 
 def distinct2(texts):
@@ -692,6 +695,7 @@ def reward_model_report(judges, pairs, longest, world, out):
         left.hist([margin[agree], margin[~agree]], bins=bins, stacked=True, color=["C0", "C3"], label=["annotators agree with gold", "annotators err, or gold is equal"])
         left.axvline(0, color="black", linewidth=0.8)
         left.set(title=f"{name}: margin", xlabel="reward of the chosen − reward of the rejected", ylabel="pairs")
+        left.margins(y=0.3)                                        # room for the legend
         left.legend(fontsize=8)
         confidence, right_side = np.maximum(p, 1 - p), p > 0.5
         edges = np.linspace(0.5, 1, 11)
@@ -707,7 +711,7 @@ def reward_model_report(judges, pairs, longest, world, out):
         middle.legend(fontsize=8)
         right.bar(["shorter", "about as long", "longer"], by_length, color="C2")
         right.axhline(found["accuracy_annotators"], color="C7", linestyle="--")
-        right.set(title=f"{name}: accuracy by length of the chosen answer", ylim=(0, 1))
+        right.set(title=f"{name}: share right where the chosen is …", ylim=(0, 1))
     save_figure(figure, out)
 
 
@@ -791,7 +795,7 @@ def shipped(level):
 def frontier(directory, config, world):
     """Short runs over β, three seeds each, and best-of-n; writes frontier.csv and frontier.png."""
     methods = {"REINFORCE": ["--estimator", "reinforce"], "RLOO 2": ["--estimator", "rloo", "--k", "2"], "RLOO 4": ["--estimator", "rloo", "--k", "4"]}
-    jobs = {f"{method.replace(' ', '').lower()}_beta{beta}_seed{seed}": [*shipped(1), *flags, "--kl-coef", beta, "--seed", str(seed), *SHORT, "--eval-samples", "1"]
+    jobs = {f"{method.replace(' ', '').lower()}_beta{beta}_seed{seed}": [*shipped(1), *flags, "--kl-coef", beta, "--seed", str(seed), "--batch-size", "128", "--iterations", "30", "--eval-samples", "1"]
             for method, flags in methods.items() for beta in ("0.05", "0.2", "0.8") for seed in range(3)}
     runs = run_all(jobs, directory, "--frontier")
     rows = []

@@ -40,6 +40,7 @@ import csv
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -101,7 +102,7 @@ class Config:
     repetition_penalty: float = hp(1.0, "logits of tokens already in the text shrink by it, alike when drawing and when scoring; 1: off", low=1, high=10, key="reinforce.repetition_penalty")
     max_new_tokens: int = hp(64, "tokens after which an answer is cut off", low=1, key="reinforce.max_new_tokens")
     grad_clip: float = hp(1.0, "gradient norm above which a step is shortened", above=0)
-    micro_batch: int = hp(32, "answers per forward pass when scoring and training; changes memory and speed, not the result", low=1)
+    micro_batch: int = hp(32, "answers per forward pass when scoring and training; changes memory and speed, not the result", low=1, key="reinforce.micro_batch")
     validation_interval: int = hp(10, "steps between two looks at held-out prompts, each with a checkpoint-K", low=1, key="reinforce.validation_interval")
     eval_samples: int = hp(2, "answers per held-out prompt and model in the final evaluation", low=1)
     broken: str = hp("", "remove ingredients and watch (several: with commas): " + ", ".join(BREAKS), flag="--break")
@@ -168,6 +169,7 @@ def load_data(dataset, split, validation_split, seed):
             from datasets import load_dataset
         except ImportError:
             fail(f"--dataset {dataset} is no file, and hub datasets need a package: pip install datasets")
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)                             # its retries would print a line each
         try:
             pairs = [checked_pair(record) for record in load_dataset(dataset, split=split)]
         except Exception as problem:                                # the hub's own errors are of many kinds
@@ -368,15 +370,14 @@ def judge_pairs(judge, pairs, longest, world):
     return dict(margin=margin, p=p.tolist(), gold=gold, accuracy=accuracy, accuracy_low=low, accuracy_high=high, accuracy_annotators=float(np.mean(right)), ece=float(ece))
 
 
-def train_reward_model(config, directory, accelerator, pairs, log, bar):
-    """Eq. 1 or 2 on the SFT model's trunk with a new head. Writes model and tokenizer to `directory`."""
+def train_reward_model(config, out, directory, accelerator, sft, tokenizer, pairs, log, bar):
+    """Eq. 1 or 2 on the SFT model's trunk with a new head. Writes model and tokenizer to `directory`, reward_model_metrics.csv to `out`."""
     torch.manual_seed(config.seed)
-    policy, tokenizer = load_policy(config.sft_model or str(HERE / "weights" / "sft"))
-    settings = copy.deepcopy(policy.config)
+    settings = copy.deepcopy(sft.config)
     settings.num_labels = 1 if config.level == 1 else 10
     try:
         model = AutoModelForSequenceClassification.from_config(settings)
-        getattr(model, model.base_model_prefix).load_state_dict(getattr(policy, policy.base_model_prefix).state_dict())
+        getattr(model, model.base_model_prefix).load_state_dict(getattr(sft, sft.base_model_prefix).state_dict())
     except LOADING as problem:
         fail(f"the SFT model cannot be turned into a reward model ({type(problem).__name__}); choose one that transformers knows as a sequence classifier too")
     set_pooling(model, tokenizer)
@@ -420,7 +421,7 @@ def train_reward_model(config, directory, accelerator, pairs, log, bar):
             recent = table[-max(1, len(batches) // 10):]
             log(f"{step:5} " + " ".join(f"{np.mean([row[key] for row in recent]):{width}}" for key, width in (("loss", "7.3f"), ("accuracy", "9.1%"), ("margin", "7.2f"), ("mean_reward", "12.2f"))))
     if accelerator.is_main_process:
-        write(directory.parent / "reward_model_metrics.csv", csv_text(table))
+        write(out / "reward_model_metrics.csv", csv_text(table))
         save(accelerator.unwrap_model(model), tokenizer, directory)
     accelerator.free_memory()
     log(f"part 1 took {time.perf_counter() - start:.0f} s")
@@ -591,8 +592,9 @@ def collect(config, policy, reference, tokenizer, judge, prompts, generator):
         logprobs = score(policy, batch, config.temperature, config.repetition_penalty, config.micro_batch)
     kl = (logprobs - score(reference, batch, config.temperature, config.repetition_penalty, config.micro_batch)).sum(dim=1)
     rewards = reward_of(reward_logits(*judge, [prompt for prompt in prompts for _ in range(config.k)], texts, config.max_length)).to(device)
-    # Eq. 4   the whole answer's KL, as a price
-    return batch | dict(logprobs=logprobs, rewards=rewards, kl=kl, returns=rewards - config.kl_coef * kl), texts
+    price = 0.0 if "no-kl" in config.broken else config.kl_coef   # BREAK, if 0: nothing holds the policy near the model it came from
+    # Eq. 4
+    return batch | dict(logprobs=logprobs, rewards=rewards, kl=kl, returns=rewards - price * kl), texts
 
 
 def update(config, accelerator, policy, optimizer, batch, advantages):
@@ -678,9 +680,8 @@ def load_checkpoint(path, policy, optimizer):
         fail(f"{path} is damaged or of another model; start a new run")
 
 
-def train_policy(config, out, accelerator, judge, prompts, held_out, world, log=print, bar=False):
-    """REINFORCE or RLOO from the SFT model, or on from out/checkpoint.pt if there is one. Returns (policy, reference, tokenizer, step, seconds)."""
-    policy, tokenizer = load_policy(config.sft_model or str(HERE / "weights" / "sft"))
+def train_policy(config, out, accelerator, policy, tokenizer, judge, prompts, held_out, world, log=print, bar=False):
+    """REINFORCE or RLOO from the SFT model, or on from out/checkpoint.pt if there is one. Returns (policy, reference, steps, seconds)."""
     reference = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
     policy.eval()                                                 # no dropout: the policy that draws and the one that is trained must agree
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -693,6 +694,8 @@ def train_policy(config, out, accelerator, judge, prompts, held_out, world, log=
     model, rank, processes = accelerator.unwrap_model(policy), accelerator.process_index, accelerator.num_processes
     prompts, held_out = (prompts_that_fit(tokenizer, some, config.max_length - config.max_new_tokens, log) for some in (prompts, held_out))
     share = config.batch_size // config.k // processes            # prompts per step and process
+    metrics = out / "reward_model_metrics.csv"                    # a tracker wants one rising count of steps: those of part 1 come first
+    before = len(metrics.read_text(encoding="utf8").splitlines()) - 1 if metrics.exists() else 0
 
     def draw(step):
         """The answers of a step. Fresh random streams per step and process: a resumed run draws what the uninterrupted one would have drawn."""
@@ -734,7 +737,7 @@ def train_policy(config, out, accelerator, judge, prompts, held_out, world, log=
         state["step"] = step
         state["rows"].append(row)
         state["clock"].append(dict(step=step, seconds=end - start, drawing_seconds=middle - start, answers_per_second=len(mask) * processes / (end - start)))
-        accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
+        accelerator.log({key: value for key, value in row.items() if key != "step"}, step=before + step)
         log(f"{step:5} {reward:8.3f} {gold_mean:6.2f} {kl:7.2f} {row['baseline']:9.2f} {distinct:11.2f} {row['entropy']:8.3f} {row['completion_length']:7.1f} {cut_off:8.0%} "
             f"{state['clock'][-1]['answers_per_second']:10,.0f} {(middle - start) / (end - start):8.0%}")
         if step % config.validation_interval == 0 or step == config.iterations:
@@ -751,7 +754,7 @@ def train_policy(config, out, accelerator, judge, prompts, held_out, world, log=
                 # Last, so that whoever resumes from it finds the rest; straight to disk, because weights and Adam of a large model take gigabytes
                 torch.save(dict(policy=model.state_dict(), optimizer=optimizer.state_dict(), state=state), out / "checkpoint.pt.part")
                 os.replace(out / "checkpoint.pt.part", out / "checkpoint.pt")
-    return model, reference, tokenizer, state["step"], sum(row["seconds"] for row in state["clock"])
+    return model, reference, state["step"], sum(row["seconds"] for row in state["clock"])
 
 
 def train(config, out, accelerator, log=print, bar=False, only_reward_model=False):
@@ -763,9 +766,12 @@ def train(config, out, accelerator, log=print, bar=False, only_reward_model=Fals
         held_out = ["What is 5?", "What is 6?"]
     else:
         pairs, held_pairs, held_out = load_data(config.dataset, config.split, config.validation_split, config.seed)
+    sft, tokenizer = load_policy(config.sft_model or str(HERE / "weights" / "sft"))
+    if accelerator.is_main_process and not (out / "config.json").exists():                          # not before the data and the model could be read
+        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     directory = Path(config.reward_model or config.rm_output_dir or out / "reward_model")
     if not config.reward_model and not (directory / "config.json").exists():
-        train_reward_model(config, directory, accelerator, pairs, log, bar)
+        train_reward_model(config, out, directory, accelerator, sft, tokenizer, pairs, log, bar)
         accelerator.wait_for_everyone()
     judge = load_reward_model(str(directory), config.level)
     judge[0].to(accelerator.device)
@@ -776,7 +782,7 @@ def train(config, out, accelerator, log=print, bar=False, only_reward_model=Fals
     figures = dict(reward_model_accuracy=report["accuracy"], ece=report["ece"])
     if only_reward_model:
         return figures
-    model, reference, tokenizer, steps, seconds = train_policy(config, out, accelerator, judge, unique_prompts(pairs), held_out, world, log, bar)
+    model, reference, steps, seconds = train_policy(config, out, accelerator, sft, tokenizer, judge, unique_prompts(pairs), held_out, world, log, bar)
     if not accelerator.is_main_process:
         return figures
     held_out = prompts_that_fit(tokenizer, held_out, config.max_length - config.max_new_tokens, lambda *text: None)
@@ -999,9 +1005,6 @@ def main():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")                  # a Windows pipe may not know β
     config, args = parse_args()
-    stored = config
-    if "no-kl" in config.broken:
-        config = replace(config, kl_coef=0.0)                     # BREAK: nothing holds the policy near the model it came from
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     small = config.sft_model in ("random", "")                    # the small model stays in fp32 everywhere
@@ -1017,12 +1020,10 @@ def main():
     log(f"device {accelerator.device} × {accelerator.num_processes} · model {config.sft_model or 'weights/sft'} · level {config.level} · seed {config.seed}" + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process and not args.resume:
-            write(args.out / "config.json", json.dumps(asdict(stored), indent=1) + "\n")
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another directory")
     if args.log_with:
-        accelerator.init_trackers("reinforce_rlhf", asdict(stored))
+        accelerator.init_trackers("reinforce_rlhf", asdict(config))
     start = time.perf_counter()
     try:
         result = train(config, args.out, accelerator, log, sys.stderr.isatty() and not args.quiet and accelerator.is_main_process, args.only_reward_model)
@@ -1032,14 +1033,14 @@ def main():
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    write(args.out / "train.json", json.dumps(dict(command=command_of(stored) + " --only-reward-model" * args.only_reward_model, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
+    write(args.out / "train.json", json.dumps(dict(command=command_of(config) + " --only-reward-model" * args.only_reward_model, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
     if args.only_reward_model:
         log(f"the reward model is in {config.rm_output_dir or args.out / 'reward_model'}")
         return
     keys = ("sft", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl", "reward_model_accuracy", "ece")
     write(args.out / "eval.json", json.dumps({key: result[key] for key in keys}, indent=1) + "\n")
     with (args.out / "metrics.csv").open(encoding="utf8") as file:
-        plot_curve(args.out / "curve.png", [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)], stored)
+        plot_curve(args.out / "curve.png", [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)], config)
     sft, trained = result["sft"], result["trained"]
     better = trained["reward"] > sft["reward"] and result["win_rate"] >= 0.8
     log(f"{'BETTER' if better else 'NOT THERE'}: reward {sft['reward']:.2f} -> {trained['reward']:.2f}" + (f", gold {sft['gold']:.2f} -> {trained['gold']:.2f}" if sft["gold"] is not None else "")

@@ -1,0 +1,172 @@
+"""RLOO: this collection's trainer against TRL's RLOOTrainer, same SFT model, prompts, reward model, group size, lengths and threads, one process.
+
+    python tests/benchmarks/bench_rlhf.py                 about five minutes; prints a Markdown table
+    python tests/benchmarks/bench_rlhf.py --reward-model reinforce_rlhf/runs/mine/reward_model
+
+Both do the same work per step: draw 64 × 4 answers of at most 64 tokens, score them with the level-1 reward model and with the reference, take the KL off the
+reward, and make one step of AdamW on the leave-one-out advantages. The policy's log-probabilities come for free in ours, because they are those it drew with;
+TRL computes them once more, and that work is not in the floor.
+Steps alternate between the contenders, after three steps for warming up; medians are printed. First comes the floor: the multiplications that no
+implementation can avoid, for the answers as long as they were, at the rate of a large matrix product on this machine.
+"""
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+
+FOLDER = Path(__file__).resolve().parents[2] / "reinforce_rlhf"
+sys.path.insert(0, str(FOLDER))
+import train_reinforce_rlhf as ours
+
+PROMPTS, GROUP, LONGEST, BETA, LR = 64, 4, 64, 0.2, 1e-6
+
+
+class Memory:
+    """Peak resident memory in MB while a block runs."""
+    def __enter__(self):
+        self.peak, self.running = 0, True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while self.running:
+            self.peak = max(self.peak, int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6)
+            time.sleep(0.005)
+
+    def __exit__(self, *_):
+        self.running = False
+        self.thread.join()
+
+
+def ours_stepper(config, judge, prompts):
+    """A function that makes one step and returns (drawing and scoring seconds, update seconds, tokens, peak MB)."""
+    accelerator = Accelerator(cpu=True)
+    policy, tokenizer = ours.load_policy(str(FOLDER / "weights" / "sft"))
+    reference, _ = ours.load_policy(str(FOLDER / "weights" / "sft"))
+    policy, optimizer = accelerator.prepare(policy.eval(), torch.optim.AdamW(policy.parameters(), lr=config.lr))
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+
+    def step():
+        asked = [prompts[k] for k in rng.choice(len(prompts), PROMPTS, replace=False)]
+        with Memory() as memory:
+            start = time.perf_counter()
+            batch, _ = ours.collect(config, policy, reference.requires_grad_(False).eval(), tokenizer, judge, asked, generator)
+            middle = time.perf_counter()
+            ours.update(config, accelerator, policy, optimizer, batch, ours.rloo_advantages(batch["returns"], GROUP))
+            end = time.perf_counter()
+        return middle - start, end - middle, batch["completion_mask"].sum().item(), memory.peak
+    return step, policy, tokenizer
+
+
+def trl_stepper(config, judge, prompts, rows):
+    """The same for TRL; `rows` answers per forward pass."""
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+    accumulation = PROMPTS * GROUP // rows
+
+    def reward(prompts, completions, **_):
+        return ours.reward_of(ours.reward_logits(*judge, [p[-1]["content"] for p in prompts], [c[0]["content"] for c in completions], config.max_length)).tolist()
+    args = RLOOConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1000,
+                      per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation, num_generations=GROUP, max_completion_length=LONGEST, num_iterations=1,
+                      temperature=1.0, top_k=0, top_p=1.0, normalize_advantages=False, disable_dropout=True, beta=BETA, learning_rate=LR, max_steps=10**6, disable_tqdm=True)
+    policy, tokenizer = ours.load_policy(str(FOLDER / "weights" / "sft"))
+    trainer = RLOOTrainer(model=policy, reward_funcs=reward, processing_class=tokenizer, args=args,
+                          train_dataset=Dataset.from_dict(dict(prompt=[[dict(role="user", content=prompt)] for prompt in prompts])))
+    trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
+    if trainer.ref_model is None:
+        raise SystemExit("TRL made no reference model; this comparison would not be fair")
+    dataloader = trainer.get_train_dataloader()
+    loader = (batch for _ in itertools.count() for batch in dataloader)
+    drawing = []
+    original = trainer._generate_and_score_completions
+
+    def timed(inputs):
+        start = time.perf_counter()
+        result = original(inputs)
+        drawing.append((time.perf_counter() - start, len(inputs), result["completion_mask"].sum().item()))
+        return result
+    trainer._generate_and_score_completions = timed
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = accumulation
+
+    def step():
+        drawing.clear()
+        with Memory() as memory:
+            start = time.perf_counter()
+            for _ in range(accumulation):
+                trainer.training_step(trainer.model, next(loader), None)
+            trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            trainer.optimizer.step()
+            trainer.model.zero_grad()
+            trainer.state.global_step += 1
+            seconds = time.perf_counter() - start
+        assert [count for _, count, _ in drawing] == [PROMPTS * GROUP]
+        return drawing[0][0], seconds - drawing[0][0], drawing[0][2], memory.peak
+    return step
+
+
+def matrix_rate():
+    """Multiply-adds per second of a large fp32 product, times two."""
+    a, b = torch.randn(4096, 1024), torch.randn(1024, 1024)
+    best = 0.0
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * a.numel() * 1024 / (time.perf_counter() - start))
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each (default 15)")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads (default 2)")
+    parser.add_argument("--reward-model", default=str(FOLDER / "weights" / "reward_model_level1"), metavar="PATH", help="a level-1 reward model (default: the shipped one)")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    judge = ours.load_reward_model(args.reward_model, 1)
+    config = ours.Config(estimator="rloo", k=GROUP, batch_size=PROMPTS * GROUP, max_new_tokens=LONGEST, kl_coef=BETA, lr=LR)
+    pairs, _, _ = ours.load_data("", "train", 0.1, 1)
+    prompts = ours.unique_prompts(pairs)
+    rate = matrix_rate()
+    print(f"{args.threads} threads, {rate / 1e9:.0f} GFLOP/s, {PROMPTS} prompts × {GROUP} answers of at most {LONGEST} tokens")
+    mine, policy, tokenizer = ours_stepper(config, judge, prompts)
+    contenders = {"this trainer": mine, "TRL, 256 rows a pass": trl_stepper(config, judge, prompts, 256), "TRL, 32 rows a pass": trl_stepper(config, judge, prompts, 32)}
+    results = {name: [] for name in contenders}
+    for k in range(args.steps + 3):
+        for name, step in contenders.items():
+            row = step()
+            if k >= 3:
+                results[name].append(row)
+    body = 2 * sum(p.numel() for name, p in policy.named_parameters() if not name.startswith(("transformer.wte", "transformer.wpe")))
+    whole = body + 2 * policy.get_output_embeddings().weight.numel()
+    T = float(np.mean([ours.prompt_tokens(tokenizer, [prompt])[0].shape[1] for prompt in prompts]))
+    floors = []
+    for _, _, tokens, _ in results["this trainer"]:
+        # A prompt's tokens need no more than one pass for all its answers, except in the reward model, which sees texts one by one
+        drawing, judging = tokens * whole + PROMPTS * T * body, (tokens + PROMPTS * GROUP * T) * body
+        floors.append((drawing + judging + (1 + 3) * (tokens * whole + PROMPTS * T * body)) / rate)
+    median = lambda name, column: statistics.median(row[column] for row in results[name])
+    total = lambda name: statistics.median(row[0] + row[1] for row in results[name])
+    print("\n| | s a step | drawing and scoring | update | answers per second | tokens a step | peak MB | times as fast as the faster TRL |\n|---|---|---|---|---|---|---|---|")
+    floor = statistics.median(floors)
+    print(f"| floor: its multiplications alone | {floor:.2f} | | | {PROMPTS * GROUP / floor:.0f} | | | |")
+    best = min(total(name) for name in results if name != "this trainer")
+    for name in results:
+        print(f"| {name} | {total(name):.2f} | {median(name, 0):.2f} | {median(name, 1):.2f} | {PROMPTS * GROUP / total(name):.0f} | {median(name, 2):,.0f} "
+              f"| {median(name, 3):.0f} | {best / total(name):.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1109 @@
+"""REINFORCE for RLHF: losses, gradients and advantages against TRL and enumeration; the sampler against the model's own distribution; data, processes, resume, bad input."""
+import csv
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from hypothesis import given, settings, strategies as st
+
+from conftest import REPO, assert_one_line_error, call, load, run
+
+FOLDER = REPO / "reinforce_rlhf"
+TRAIN, EVAL = FOLDER / "train_reinforce_rlhf.py", FOLDER / "reinforce_rlhf_eval.py"
+train, evaluation, base_models = load("reinforce_rlhf/train_reinforce_rlhf.py"), load("reinforce_rlhf/reinforce_rlhf_eval.py"), load("reinforce_rlhf/make_base_models.py")
+torch.set_num_threads(1)
+WORLD = train.load_world(FOLDER / "world.json")
+SIZES = dict(vocab_size=40, pad_token_id=0, eos_token_id=2, bos_token_id=None)
+DECODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **SIZES)
+
+
+def random_models():
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    return {"qwen2": Qwen2ForCausalLM(Qwen2Config(**DECODER)).eval(), "llama": LlamaForCausalLM(LlamaConfig(**DECODER)).eval(),
+            "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, **SIZES)).eval()}
+
+
+MODELS = random_models()
+each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 2, 9, 10], [0, 11, 12, 13]])             # the second one contains the end token
+PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+ROWS = [[10, 11, 2], [12, 13, 12, 5, 2], [16, 2]]
+PAIR = dict(prompt="What is sleep?", chosen="Sleep is a time of rest for body and mind.", rejected="Nobody asked you.")
+
+
+def a_batch(seed=0, B=8, T=4, L=6):
+    """(batch, advantages), with unequal lengths."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, L + 1, (B,), generator=g)
+    lengths[0] = L
+    mask = (torch.arange(L) < lengths[:, None]).float()
+    prompt_mask = (torch.arange(T) >= torch.randint(0, T, (B,), generator=g)[:, None]).long()
+    prompt_mask[0] = 1
+    return dict(prompt_ids=torch.randint(3, 40, (B, T), generator=g), prompt_mask=prompt_mask, completion_ids=torch.randint(3, 40, (B, L), generator=g),
+                completion_mask=mask), torch.randn(B, generator=g)
+
+
+def gradient_of(model, config, batch, advantages):
+    """(gradient of all weights, loss), without moving the weights."""
+    loss, _ = train.update(config, Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.0), batch, advantages)
+    return flat_gradient(model), loss
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in model.parameters()])
+
+
+def config(**changes):
+    return train.Config(**(dict(grad_clip=1e9, max_new_tokens=6, k=4, micro_batch=8) | changes))
+
+
+def rows_of(path):
+    with path.open(encoding="utf8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+# ---- scoring and drawing --------------------------------------------------------------------------------------------
+
+def penalised(ids, logits, penalty):
+    """The library's own penalty, as an oracle; ids [1, n] without padding."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+    return RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()) if penalty != 1 else logits
+
+
+@each_model
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_padded_logprobs_equal_a_token_by_token_loop(model, penalty):
+    completion_ids, completion_mask = train.pad_right(ROWS, 0, "cpu")
+    got = train.completion_logprobs(model, PROMPTS, PROMPT_MASK, completion_ids, completion_mask.float(), 0.7, penalty)
+    for i, row in enumerate(ROWS):
+        ids = PROMPTS[i][PROMPT_MASK[i] == 1][None]
+        for t, token in enumerate(row):
+            wanted = (penalised(ids, model(input_ids=ids).logits[:, -1].detach(), penalty)[0].double() / 0.7).log_softmax(-1)[token].item()
+            assert got[i, t].item() == pytest.approx(wanted, abs=1e-4)
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        assert (got[i, len(row):] == 0).all()
+    # More padding on either side, filled with tokens that a penalty would notice, changes nothing
+    pad = torch.nn.functional.pad
+    wide = train.completion_logprobs(model, pad(PROMPTS, (3, 0), value=12), pad(PROMPT_MASK, (3, 0)), pad(completion_ids, (0, 3), value=2),
+                                     pad(completion_mask.float(), (0, 3)), 0.7, penalty)
+    torch.testing.assert_close(wide[:, :5], got, atol=1e-5, rtol=0)
+    assert (wide[:, 5:] == 0).all()
+    batch = dict(prompt_ids=PROMPTS, prompt_mask=PROMPT_MASK, completion_ids=completion_ids, completion_mask=completion_mask.float())
+    torch.testing.assert_close(train.score(model, batch, 0.7, penalty, 2), got, atol=1e-5, rtol=0)
+
+
+@each_model
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_drawn_logprobs_equal_scoring_and_masks_end_at_the_first_end(model, penalty):
+    ends = [2, 3, 4, 5, 6]                                        # a model may have several
+    ids, mask, logprobs = train.generate(model, PROMPTS, PROMPT_MASK, 20, 12, 0.8, penalty, ends, torch.Generator().manual_seed(0))
+    again = train.completion_logprobs(model, PROMPTS.repeat_interleave(20, 0), PROMPT_MASK.repeat_interleave(20, 0), ids, mask, 0.8, penalty)
+    torch.testing.assert_close(again, logprobs, atol=1e-4, rtol=0)
+    assert ids.shape[1] == int(mask.sum(1).max())
+    for row, m in zip(ids, mask):
+        n = int(m.sum())
+        assert (m[:n] == 1).all() and (m[n:] == 0).all() and not any(t in ends for t in row[:n - 1].tolist()) and (row[n - 1].item() in ends or n == 12)
+
+
+@each_model
+def test_samples_follow_the_models_own_distribution_whatever_its_generation_settings_say(model):
+    settings = model.generation_config
+    settings.top_k, settings.temperature, settings.do_sample, settings.repetition_penalty = 3, 0.1, True, 5.0
+    n = 3000
+    ids, mask, _ = train.generate(model, PROMPTS[2:], PROMPT_MASK[2:], n, 2, 1.3, 1.2, [2], torch.Generator().manual_seed(0))
+    chances = lambda before: (penalised(before, model(input_ids=before).logits[:, -1].detach(), 1.2)[0] / 1.3).softmax(-1)
+    chi = lambda counts, wanted: ((counts - counts.sum() * wanted).square() / (counts.sum() * wanted)).sum().item()
+    limit = 39 + 5 * math.sqrt(2 * 39)
+    first = chances(PROMPTS[2:, 1:])
+    assert chi(torch.bincount(ids[:, 0], minlength=40), first) < limit
+    common = first.argmax().item() if first.argmax() != 2 else first.topk(2).indices[1].item()
+    follow = ids[(ids[:, 0] == common)][:, 1]                     # and so does the second token
+    assert chi(torch.bincount(follow, minlength=40), chances(torch.cat([PROMPTS[2:, 1:], torch.tensor([[common]])], 1))) < limit
+
+
+def test_end_tokens_of_a_model_with_several():
+    model, tokenizer = train.load_policy("random")
+    model.generation_config.eos_token_id = [7, 9]
+    assert train.end_tokens(model, tokenizer) == [0, 7, 9]
+
+
+# ---- losses of the reward models ------------------------------------------------------------------------------------
+
+def test_ten_grade_loss_and_gradient_equal_enumeration_of_all_grade_pairs():
+    g = torch.Generator().manual_seed(0)
+    chosen, rejected = (2 * torch.randn(5, 10, generator=g, dtype=torch.float64) for _ in range(2))
+    chosen.requires_grad_(), rejected.requires_grad_()
+    for inverted in (False, True):
+        losses = train.pair_loss(chosen, rejected, 0.3, inverted)
+        gradients = torch.autograd.grad(losses.sum(), (chosen, rejected))
+        for b in range(5):
+            p, q = (x[b].softmax(0).tolist() for x in (chosen, rejected))
+            won = {(i, j): p[i] * q[j] for i, j in itertools.product(range(10), repeat=2) if (i < j if inverted else i > j)}
+            total = sum(won.values())
+            assert len(won) == 45 and losses[b].item() == pytest.approx(-math.log(total), abs=1e-12)
+            for n in range(10):                                   # gradient of −log P: prior less posterior
+                assert gradients[0][b, n].item() == pytest.approx(p[n] - sum(v for (i, _), v in won.items() if i == n) / total, abs=1e-12)
+                assert gradients[1][b, n].item() == pytest.approx(q[n] - sum(v for (_, j), v in won.items() if j == n) / total, abs=1e-12)
+
+
+def test_uniform_grades_cost_the_same_in_both_orientations_and_only_the_grades_afterwards_tell():
+    """The trap: the first loss is .7985 with the right triangle and with the wrong one, and both losses fall alike."""
+    flat = torch.zeros(1, 10)
+    assert [train.pair_loss(flat, flat, 0.0, inverted).item() for inverted in (False, True)] == pytest.approx([-math.log(0.45)] * 2, abs=1e-6)
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 6, 10, generator=g)
+    both_ways = torch.cat([logits, logits.flip(0)], dim=1)
+    assert train.pair_loss(*both_ways, 0.0).mean().item() == pytest.approx(train.pair_loss(*both_ways, 0.0, True).mean().item(), abs=1e-6)
+    for inverted in (False, True):
+        table = logits.clone().requires_grad_()
+        for _ in range(60):
+            loss = train.pair_loss(*table, 0.0, inverted)
+            gradient, = torch.autograd.grad(loss.sum(), table)
+            table = (table - gradient).detach().requires_grad_()
+        high, low = (train.reward_of(x) for x in table)
+        assert loss.max() < 0.2 and ((high > low) != inverted).all()
+
+
+@pytest.mark.parametrize("name", ["level1", "level2"])
+def test_expected_reward_of_logits(name):
+    logits = torch.tensor([[1.0], [-2.0]]) if name == "level1" else torch.tensor([[0.0] * 10, [-50.0] * 9 + [50.0]])
+    assert train.reward_of(logits).tolist() == pytest.approx([1.0, -2.0] if name == "level1" else [5.5, 10.0])
+
+
+# ---- TRL as an oracle -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trl_setup(tmp_path_factory):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+    from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+    words = ["<pad>", "<unk>", "<end>", *(f"w{i}" for i in range(37))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+    directory = tmp_path_factory.mktemp("trl")
+    MODELS["qwen2"].save_pretrained(directory / "m")
+    fast.save_pretrained(directory / "m")
+    common = dict(output_dir=str(directory / "o"), use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", per_device_train_batch_size=4,
+                  disable_dropout=True, save_strategy="no")
+
+    def trainer(kind, **changes):
+        if kind == "rloo":
+            made = RLOOTrainer(model=Qwen2ForCausalLM.from_pretrained(directory / "m", dtype=torch.float32), processing_class=fast,
+                               reward_funcs=lambda completions, **_: [1.0, 0.0, 0.0, 0.5][:len(completions)], train_dataset=Dataset.from_dict(dict(prompt=["w1 w2 w3"] * 8)),
+                               args=RLOOConfig(num_generations=4, max_completion_length=6, temperature=1.0, num_iterations=1, normalize_advantages=False, **(common | changes)))
+        else:
+            torch.manual_seed(0)
+            pairs = Dataset.from_dict(dict(chosen=[f"w{i} w{i + 1}" for i in range(8)], rejected=[f"w{i} w{i + 2} w{i + 3}" for i in range(8)]))
+            made = RewardTrainer(model=Qwen2ForSequenceClassification(Qwen2Config(num_labels=1, **DECODER)), processing_class=fast, train_dataset=pairs,
+                                 args=RewardConfig(**(common | changes)))
+        made.model.train()
+        made.current_gradient_accumulation_steps = 1
+        return made
+    return trainer, fast
+
+
+@pytest.mark.parametrize("center", [None, 0.05])
+def test_bradley_terry_loss_and_gradient_equal_trl(center, trl_setup):
+    trainer = trl_setup[0]("reward", center_rewards_coefficient=center)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    theirs = flat_gradient(trainer.model)
+    trainer.model.zero_grad()
+    chosen, rejected = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float().chunk(2)
+    losses = train.pair_loss(chosen, rejected, center or 0.0)
+    losses.mean().backward()
+    assert losses.shape == (4,) and losses.mean().item() == pytest.approx(loss.item(), abs=1e-6)
+    assert (flat_gradient(trainer.model) - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_rloo_advantages_with_the_kl_in_the_reward_equal_trl(beta, trl_setup, monkeypatch):
+    from trl.trainer.utils import add_fused_lm_head
+    make, tokenizer = trl_setup
+    trainer, policy = make("rloo", beta=beta), MODELS["qwen2"]
+    torch.manual_seed(1)
+    reference = type(policy)(policy.config).eval()
+    fixed = [[5, 6, 7, 2], [8, 9, 2], [10, 11, 12, 13, 14, 15], [16, 2]]
+    ids, mask = train.pad_right(fixed, 0, "cpu")
+    drawn = dict(prompt_ids=torch.tensor([[4, 5, 6]] * 4), prompt_mask=torch.ones(4, 3, dtype=torch.long), completion_ids=ids, completion_mask=mask.float())
+    monkeypatch.setattr(train, "generate", lambda *_: (ids, mask.float(), train.score(policy, drawn, 1.0, 1.0, 4)))
+    monkeypatch.setattr(train, "reward_logits", lambda *_: torch.tensor([[1.0], [0.0], [0.0], [0.5]]))
+    batch, texts = train.collect(config(kl_coef=beta), policy, reference, tokenizer, (None, None), ["w1 w2 w3"], None)
+    assert torch.equal(batch["prompt_ids"], drawn["prompt_ids"]) and texts[3] == "w13"
+    trainer.ref_model = reference
+    add_fused_lm_head(trainer.ref_model, temperature=1.0)
+    trainer._generate_single_turn = lambda *_, **__: [list(row) for row in fixed]
+    theirs = trainer._generate_and_score_completions([dict(prompt="w1 w2 w3")] * 4)["advantages"]
+    torch.testing.assert_close(train.rloo_advantages(batch["returns"], 4), theirs, atol=1e-5, rtol=1e-5)
+    assert beta == 0 or (theirs - train.rloo_advantages(batch["rewards"], 4)).abs().max() > 0.01     # the KL counts
+
+
+def test_the_price_is_beta_times_the_whole_answers_kl_at_the_settings_of_drawing(monkeypatch):
+    torch.manual_seed(1)
+    policy, tokenizer = train.load_policy("random")
+    reference, _ = train.load_policy("random")
+    monkeypatch.setattr(train, "reward_logits", lambda model, its, prompts, answers, longest: torch.arange(float(len(answers)))[:, None])
+    settings = config(kl_coef=0.3, temperature=0.7, repetition_penalty=1.3, max_new_tokens=9)
+    batch, texts = train.collect(settings, policy.eval(), reference.eval(), tokenizer, (None, None), ["Why?", "What is it?"], torch.Generator().manual_seed(0))
+    wanted = [train.completion_logprobs(model, *(batch[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), 0.7, 1.3) for model in (policy, reference)]
+    torch.testing.assert_close(batch["logprobs"], wanted[0].detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch["kl"], (wanted[0] - wanted[1]).sum(dim=1).detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch["returns"], torch.arange(8.0) - 0.3 * batch["kl"])
+    assert len(texts) == 8 and batch["kl"].abs().min() > 1e-3 and not batch["logprobs"].requires_grad
+
+
+def test_gradient_of_reinforce_equals_trls_rloo(trl_setup):
+    trainer = trl_setup[0]("rloo", beta=0.05)
+    batch, advantages = a_batch(3, B=4)
+    inputs = batch | dict(completion_mask=batch["completion_mask"].long(), advantages=advantages, old_logps=train.score(MODELS["qwen2"], batch, 1.0, 1.0, 4).sum(dim=1))
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    theirs = flat_gradient(trainer.model)
+    assert loss.item() == pytest.approx(-advantages.mean().item(), abs=1e-5)        # its ratio is 1: the value says nothing, the gradient everything
+    ours, _ = gradient_of(MODELS["qwen2"], config(micro_batch=3), batch, advantages)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+# ---- advantages, baselines, the gradient ----------------------------------------------------------------------------
+
+def test_rloo_advantages_examples_and_identity():
+    assert train.rloo_advantages(torch.tensor([3.0, 1.0]), 2).tolist() == [2.0, -2.0]               # the docstring's example
+    rewards = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    got = train.rloo_advantages(rewards.flatten(), 5)
+    torch.testing.assert_close(got.view(3, 5), (5 / 4 * (rewards - rewards.mean(dim=1, keepdim=True))).detach())
+    assert not got.requires_grad
+    torch.testing.assert_close(train.rloo_advantages(rewards.flatten() + 7, 5), got, atol=1e-5, rtol=0)
+
+
+def test_baselines_are_the_running_mean_and_the_moving_average():
+    means = np.random.default_rng(0).normal(size=20)
+    mean = ema = warm = means[0]                                  # warm start: a batch drawn before training counts as the first one
+    cold = 0.0
+    for seen, value in enumerate(means[1:], 1):
+        mean, ema, cold = train.baseline_after("mean", mean, seen, value), train.baseline_after("ema", ema, seen, value), train.baseline_after("mean", cold, seen - 1, value)
+        warm = 0.9 * warm + 0.1 * value
+        assert mean == pytest.approx(means[:seen + 1].mean()) and ema == pytest.approx(warm) and cold == pytest.approx(means[1:seen + 1].mean())
+
+
+def test_discount_counts_the_tokens_that_follow():
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0, 0.0], [-4.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    mask, advantages = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]), torch.tensor([2.0, -0.5], requires_grad=True)
+    loss = train.reinforce_loss(logprobs, mask, advantages, 0.5, 4)
+    assert loss.item() == pytest.approx(-(2 * (-0.25 * 1 - 0.5 * 2 - 3) - 0.5 * -4) / 4)
+    loss.backward()
+    assert advantages.grad is None and logprobs.grad.tolist() == [[-0.125, -0.25, -0.5, 0.0], [0.125, 0.0, 0.0, 0.0]]
+    assert train.reinforce_loss(logprobs, mask, advantages, 1.0, 1).item() == pytest.approx(-(2 * -6 - 0.5 * -4))
+
+
+@pytest.fixture
+def toy():
+    """Two tokens, two steps, float64: (logits, {answer: its two log-probabilities}, {answer: reward})."""
+    logits = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)      # first token; second after 0; second after 1
+    answers, table = list(itertools.product((0, 1), repeat=2)), logits.log_softmax(1)
+    return logits, {(a, b): torch.stack([table[0, a], table[1 + a, b]]) for a, b in answers}, dict(zip(answers, (1.0, -0.5, 0.3, 0.0)))
+
+
+def expected_gradient(toy, size, advantages_of, gamma=1.0):
+    """(mean, variance) of −∇ reinforce_loss over all batches of `size` answers, each as likely as the policy draws it."""
+    logits, logp, value = toy
+    mean, square = torch.zeros_like(logits), 0.0
+    for batch in itertools.product(logp, repeat=size):
+        lp = torch.stack([logp[y] for y in batch])
+        advantages = advantages_of(torch.tensor([value[y] for y in batch], dtype=torch.float64), batch)
+        gradient, = torch.autograd.grad(train.reinforce_loss(lp, torch.ones_like(lp), advantages, gamma, size), logits, retain_graph=True)
+        chance = lp.detach().sum().exp()
+        mean, square = mean - gradient * chance, square + gradient.square().sum().item() * chance.item()
+    return mean, square - mean.square().sum().item()
+
+
+def test_expected_gradient_is_exact_whatever_the_baseline(toy):
+    logits, logp, value = toy
+    exact, = torch.autograd.grad(sum(logp[y].sum().exp() * value[y] for y in logp), logits, retain_graph=True)
+    plain, variance = expected_gradient(toy, 1, lambda r, _: r)
+    shifted, other_variance = expected_gradient(toy, 1, lambda r, _: r - 5)
+    torch.testing.assert_close(plain, exact)
+    torch.testing.assert_close(shifted, exact)
+    assert other_variance > 2 * variance                          # a bad constant costs nothing but patience
+    torch.testing.assert_close(expected_gradient(toy, 2, lambda r, _: train.rloo_advantages(r, 2))[0], exact)
+    assert not torch.allclose(expected_gradient(toy, 2, lambda r, _: r - r.mean())[0], exact)        # the mean with the answer itself: half of it
+
+
+def test_expected_gradient_with_the_kl_in_the_reward_is_that_of_the_whole_objective(toy):
+    logits, logp, value = toy
+    beta, ref = 0.3, torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(1)
+    reference = {(a, b): ref[0, a] + ref[1 + a, b] for a, b in logp}
+    exact, = torch.autograd.grad(sum(lp.sum().exp() * (value[y] - beta * (lp.sum() - reference[y])) for y, lp in logp.items()), logits, retain_graph=True)
+    returns = lambda r, batch: r - beta * torch.stack([logp[y].detach().sum() - reference[y] for y in batch])
+    torch.testing.assert_close(expected_gradient(toy, 1, lambda r, batch: returns(r, batch) - 0.4)[0], exact)
+    torch.testing.assert_close(expected_gradient(toy, 2, lambda r, batch: train.rloo_advantages(returns(r, batch), 2))[0], exact)
+    assert not torch.allclose(expected_gradient(toy, 1, lambda r, _: r, gamma=0.5)[0], exact)
+
+
+@pytest.mark.parametrize("gamma, penalty", [(1.0, 1.0), (0.9, 1.3)])
+def test_accumulation_and_order_do_not_change_the_gradient(gamma, penalty):
+    model, (batch, advantages) = MODELS["llama"], a_batch()
+    setting = dict(gamma=gamma, repetition_penalty=penalty)
+    whole, loss = gradient_of(model, config(**setting), batch, advantages)
+    for size in (1, 2, 3):
+        parts, again = gradient_of(model, config(micro_batch=size, **setting), batch, advantages)
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+        assert again == pytest.approx(loss, abs=1e-5)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gradient_of(model, config(**setting), {key: value[order] for key, value in batch.items()}, advantages[order])[0], whole, atol=1e-6, rtol=1e-4)
+    direct = train.completion_logprobs(model, *batch.values(), 1.0, penalty)
+    weights = torch.stack([torch.tensor([gamma ** max(0, n - 1 - t) for t in range(6)]) for n in batch["completion_mask"].sum(dim=1).int().tolist()])
+    wanted = -(advantages[:, None] * weights * direct * batch["completion_mask"]).sum() / 8
+    assert loss == pytest.approx(wanted.item(), abs=1e-4)
+
+
+def test_the_gradient_is_shortened_and_a_nan_is_refused():
+    model, (batch, advantages) = MODELS["gpt2"], a_batch()
+    gradient, _ = gradient_of(model, config(grad_clip=0.5), batch, advantages)
+    assert gradient.norm().item() == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(FloatingPointError):
+        gradient_of(model, config(), batch, advantages * math.nan)
+
+
+# ---- reward models --------------------------------------------------------------------------------------------------
+
+def byte_classifier(tmp_path, level, pad):
+    """(judge, directory) of a random reward model with one token per byte; pad: its padding token or None."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+    torch.manual_seed(0)
+    _, tokenizer = train.load_policy("random")
+    tokenizer.pad_token = pad
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3,
+                                                     num_labels=1 if level == 1 else 10, bos_token_id=None, eos_token_id=0, pad_token_id=tokenizer.pad_token_id))
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    return train.load_reward_model(str(tmp_path / "rm"), level)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("pad", [None, "<|end|>", "!"])
+def test_rewards_in_a_batch_equal_single_ones_whatever_pads(level, pad, tmp_path):
+    judge = byte_classifier(tmp_path, level, pad)
+    answers = ["a", "", "a longer answer!", "x" * 40]
+    got = train.reward_logits(*judge, ["Why?"] * 4, answers, 128, batch=3)
+    assert got.shape == (4, 1 if level == 1 else 10) and got.dtype == torch.float32
+    for answer, logits in zip(answers, got):
+        torch.testing.assert_close(train.reward_logits(*judge, ["Why?"], [answer], 128)[0], logits, atol=1e-5, rtol=0)
+    assert not any(p.requires_grad for p in judge[0].parameters()) and not judge[0].training
+
+
+def test_where_padding_is_the_end_token_the_library_reads_another_token_and_ours_the_end(tmp_path):
+    model, tokenizer = byte_classifier(tmp_path, 1, "<|end|>")
+    row = torch.tensor(train.judged_tokens(tokenizer, ["Why?"], ["Because."], 128))
+    every_place = model.score(model.transformer(input_ids=row).last_hidden_state)[0, :, 0].tolist()
+    assert row[0, -1] == tokenizer.eos_token_id and train.reward_logits(model, tokenizer, ["Why?"], ["Because."], 128).item() == pytest.approx(every_place[-1], abs=1e-5)
+    model.config.pad_token_id = tokenizer.pad_token_id            # as the library would have it
+    assert model(input_ids=row).logits.item() == pytest.approx(every_place[-2], abs=1e-5) and abs(every_place[-1] - every_place[-2]) > 1e-3
+    train.set_pooling(model, tokenizer)
+    assert model(input_ids=row).logits.item() == pytest.approx(every_place[-1], abs=1e-5)
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", ["own", None, TEMPLATE + "{{ '\n' }}", TEMPLATE.replace("<|end|>", "")], ids=["own", "none", "line break", "no end"])
+def test_judged_tokens_have_the_prompt_once_and_one_end(template):
+    _, tokenizer = train.load_policy(str(FOLDER / "weights" / "sft"))
+    tokenizer.chat_template = tokenizer.chat_template if template == "own" else template
+    end, long = tokenizer.eos_token_id, "Sleep is a time of rest for body and mind. " * 9
+    conversation = [dict(role="user", content="Hi."), dict(role="assistant", content="Hello."), dict(role="user", content="What is glass?")]
+    rows = train.judged_tokens(tokenizer, ["What is sleep?", "What is sleep?", conversation], ["A time of rest.", "", "A material."], 128)
+    for row, prompt, answer in zip(rows, ("What is sleep?", "What is sleep?", "What is glass?"), ("A time of rest.", "", "A material.")):
+        text = tokenizer.decode(row)
+        assert row[-1] == end and row[-2] != end and text.count(prompt) == 1 and text.endswith(answer + "<|end|>"), text
+    row, = train.judged_tokens(tokenizer, ["What is sleep?"], [long], 30)
+    whole, = train.judged_tokens(tokenizer, ["What is sleep?"], [long], 1000)
+    assert len(row) == 30 and row[-1] == end and row[:-1] == whole[:29] and len(whole) > 90
+
+
+def test_one_encoder_for_training_and_scoring(tmp_path, tiny, monkeypatch):
+    """Where it gives the same tokens for every text, neither training nor judging can tell anything apart."""
+    seen = []
+
+    def constant(tokenizer, prompts, answers, longest):
+        seen.extend((prompt, answer, longest) for prompt, answer in zip(prompts, answers, strict=True))
+        return [[5, 6, tokenizer.eos_token_id]] * len(answers)
+    monkeypatch.setattr(train, "judged_tokens", constant)
+    process = call(train, *tiny, "--reward-model", "", "--only-reward-model", "--max-length", "99", "--rm-center", "0", "--out", tmp_path / "o")
+    assert process.returncode == 0, process.stderr
+    rows = rows_of(tmp_path / "o" / "reward_model_metrics.csv")
+    assert all(row["margin"] == 0 and row["loss"] == pytest.approx(math.log(2), abs=1e-5) for row in rows)
+    data = types.SimpleNamespace(**dict(zip(("train", "held_out"), train.load_data(tiny[1], "train", 0.1, 1))))
+    wanted = lambda pairs: {(pair["prompt"], pair[side], 99) for pair in pairs for side in ("chosen", "rejected")}
+    assert set(seen) == wanted(data.train) | wanted(data.held_out)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_accuracy_and_calibration_of_a_case_by_hand(level, monkeypatch):
+    pairs = [PAIR | dict(chosen=f"{name} chosen", rejected=f"{name} rejected") for name in "abcd"]
+    spread = lambda x: [x] if level == 1 else [0.0] * 5 + [x] * 5
+    value = {f"{name} {side}": x for name, both in zip("abcd", ((2.0, 0.0), (0.5, 1.0), (0.0, -0.05), (-3.0, 0.0))) for side, x in zip(("chosen", "rejected"), both)}
+    monkeypatch.setattr(train, "reward_logits", lambda model, tokenizer, prompts, answers, longest: torch.tensor([spread(value[answer]) for answer in answers]))
+    found = train.judge_pairs((None, None), pairs, 128, None)
+    chances = []
+    for name in "abcd":
+        x, y = value[f"{name} chosen"], value[f"{name} rejected"]
+        p, q = (torch.tensor(spread(v)).softmax(0).tolist() for v in (x, y))
+        above, below = (sum(p[i] * q[j] for i in range(10) for j in range(10) if (i > j) == high and i != j) for high in (True, False)) if level == 2 else (1, math.exp(y - x))
+        chances.append(above / (above + below))
+    assert found["p"] == pytest.approx(chances, abs=1e-5) and [m > 0 for m in found["margin"]] == [True, False, True, False]
+    assert found["accuracy"] == found["accuracy_annotators"] == 0.5 and found["gold"] is None
+    bins = {}
+    for p in chances:
+        bins.setdefault(int(max(p, 1 - p) * 20), []).append((max(p, 1 - p), p > 0.5))
+    wanted = sum(len(b) / 4 * abs(np.mean([c for c, _ in b]) - np.mean([r for _, r in b])) for b in bins.values())
+    assert found["ece"] == pytest.approx(wanted, abs=1e-6)
+    # In the lesson's world gold decides, and pairs that are equal in gold are left out
+    gold = {"a chosen": 3.0, "a rejected": 1.0, "b chosen": 1.0, "b rejected": 2.0, "c chosen": 1.0, "c rejected": 1.0, "d chosen": 5.0, "d rejected": 2.0}
+    monkeypatch.setattr(train, "gold_score", lambda world, prompt, text: gold[text])
+    again = train.judge_pairs((None, None), pairs, 128, WORLD)
+    assert again["accuracy"] == pytest.approx(2 / 3) and again["accuracy_annotators"] == 0.5 and again["gold"] == [2.0, -1.0, 0.0, 3.0]
+    assert [again["accuracy"], again["accuracy_low"], again["accuracy_high"]] == train.wilson(2, 3)
+
+
+def test_wilson_interval_by_hand():
+    share, low, high = train.wilson(8, 10)
+    assert (share, round(low, 3), round(high, 3)) == (0.8, 0.49, 0.943) and train.wilson(0, 5)[1] == 0 and train.wilson(5, 5)[2] == 1
+
+
+def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
+    rng = np.random.default_rng(0)
+    reward, gold = rng.normal(size=(2, 8)), rng.normal(size=(2, 8))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: dict(reward=reward.flatten().tolist(), gold=gold.flatten().tolist()))
+    rows = evaluation.best_of_n(None, None, None, ["a", "b"], None, None, most=8)
+    assert [row[0] for row in rows] == [1, 2, 4, 8] and rows[0][1] == 0
+    for n, _, best, its_gold in rows:
+        chosen = [(row, max(subset, key=lambda i: reward[row, i])) for row in range(2) for subset in itertools.combinations(range(8), n)]
+        assert best == pytest.approx(np.mean([reward[place] for place in chosen])) and its_gold == pytest.approx(np.mean([gold[place] for place in chosen]))
+
+
+def test_win_rate_at_equal_length():
+    wins = lambda won, lengths: evaluation.length_controlled(*(dict(gold=g, length=n) for g, n in (([1.0] * len(won), [0.0] * len(won)), ([1.0 + w for w in won], lengths))))
+    won = [1.0] * 150 + [-1.0] * 50
+    assert wins(won, [10.0, -10.0] * 100) == pytest.approx(0.75, abs=0.01)          # length says nothing: as it was
+    longer = [20.0] * 140 + [0.0] * 10 + [20.0] * 10 + [0.0] * 40                   # wins come with length: 20 % are left without
+    assert wins(won, longer) == pytest.approx(0.2, abs=0.02)
+
+
+# ---- data and the world ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, words", [
+    ("", ["empty line"]), ("{", ["no valid JSON"]), (json.dumps(PAIR)[:-3], ["no valid JSON"]), ("[1, 2]", ["object", "[1, 2]"]), ("5", ["object"]),
+    ("null", ["object"]), ('"text"', ["object"]),
+    *((json.dumps({k: v for k, v in PAIR.items() if k != key}), [key, "missing"]) for key in PAIR), (json.dumps(PAIR | dict(chosen="")), ["chosen", "empty"]),
+    (json.dumps(PAIR | dict(prompt=[])), ["prompt", "empty"]), (json.dumps(PAIR | dict(rejected=5)), ["rejected", "no text"]),
+    (json.dumps(PAIR | dict(chosen=["a", "b"])), ["chosen", "messages"]),
+    (json.dumps(PAIR | dict(chosen_rating=2, rejected_rating=3)), ["contradicts", "2", "3"]), (json.dumps(PAIR | dict(chosen_rating="good")), ["'good'", "no number"]),
+    (json.dumps(PAIR | dict(rejected_rating=True)), ["no number"]), (json.dumps(PAIR | dict(rejected_rating=math.nan)), ["no number"])])
+def test_a_bad_line_is_named(line, words, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + line + "\n" + json.dumps(PAIR) + "\n")
+    assert_one_line_error(call(train, "--dataset", tmp_path / "x.jsonl", "--quiet", "--out", tmp_path / "o"), "x.jsonl", "line 2", *words)
+
+
+def test_data_that_cannot_serve(tmp_path):
+    (tmp_path / "x.jsonl").write_text("")
+    refused = lambda path, *words: assert_one_line_error(call(train, "--dataset", path, "--quiet", "--out", tmp_path / f"o{path.name}"), *words)
+    refused(tmp_path / "x.jsonl", "empty")
+    refused(tmp_path / "nowhere.jsonl", "nowhere.jsonl", "read")
+    (tmp_path / "one.jsonl").write_text(json.dumps(PAIR) + "\n")
+    refused(tmp_path / "one.jsonl", "one prompt")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").write_text(json.dumps(PAIR) + "\n")
+    refused(tmp_path / "d", "held_out.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
+    refused(tmp_path / "latin.jsonl", "UnicodeDecodeError")
+
+
+def turn(role, content):
+    return dict(role=role, content=content)
+
+
+def test_message_lists_are_accepted():
+    said = [turn("user", "Why?"), turn("assistant", "Because."), turn("user", "And?")]
+    record = dict(chosen=[turn("user", "Why?"), turn("assistant", "Yes.")], rejected=[turn("user", "Why?"), turn("assistant", "No.")], score=3)
+    assert train.checked_pair(record) == dict(prompt="Why?", chosen="Yes.", rejected="No.")
+    assert train.checked_pair(dict(chosen=[*said, turn("assistant", "Yes.")], rejected=[*said, turn("assistant", "No.")])) == dict(prompt=said, chosen="Yes.", rejected="No.")
+    assert train.checked_pair(dict(prompt=said, chosen="Yes.", rejected="No.", chosen_rating=4.5, rejected_rating=4.5)) == dict(prompt=said, chosen="Yes.", rejected="No.")
+
+
+def test_a_single_file_is_split_by_prompts(tmp_path):
+    pairs = [PAIR | dict(prompt=f"prompt {k % 10}", chosen=f"answer {k}") for k in range(30)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    kept, held, prompts = train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 0)
+    names = [{pair["prompt"] for pair in part} for part in (kept, held)]
+    assert not names[0] & names[1] and len(prompts) == 3 and names[1] == set(prompts) and len(kept) == 21 and len(held) == 9
+    assert train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 0)[2] == prompts != train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 1)[2]
+
+
+def test_a_hub_dataset_serves(monkeypatch, tmp_path):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if split == "nowhere":
+            raise FileNotFoundError("no such\nsplit")
+        asks = [turn("user", f"Why {k}?") for k in range(8)]
+        return [dict(chosen=[ask, turn("assistant", "Yes.")], rejected=[ask, turn("assistant", "No.")], chosen_rating=4, rejected_rating=2) for ask in asks]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    kept, held, prompts = train.load_data("someone/preferences", "train_prefs", 0.25, 0)
+    assert asked == [("someone/preferences", "train_prefs")] and len(kept) == 6 and len(held) == len(prompts) == 2 and held[0]["chosen"] == "Yes."
+    process = call(train, "--dataset", "someone/preferences", "--split", "nowhere", "--quiet", "--out", tmp_path / "o")
+    assert_one_line_error(process, "someone/preferences", "nowhere", "no such split")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert_one_line_error(call(train, "--dataset", "someone/preferences", "--quiet", "--out", tmp_path / "p"), "pip install datasets")
+
+
+KEYS = ("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "role", "content")
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6)
+                    | st.fixed_dictionaries(dict(role=st.just("user"), content=inner)), max_leaves=8)
+MOSTLY_TEXT = st.text(max_size=4) | JSON
+
+
+@given(JSON | st.fixed_dictionaries(dict(prompt=MOSTLY_TEXT, chosen=MOSTLY_TEXT, rejected=MOSTLY_TEXT), optional=dict(chosen_rating=JSON, rejected_rating=JSON)))
+@settings(max_examples=300, deadline=None)
+def test_any_json_is_a_pair_or_a_value_error(record):
+    try:
+        pair = train.checked_pair(record)
+    except ValueError:
+        return
+    assert set(pair) == {"prompt", "chosen", "rejected"} and all(pair.values())
+    assert all(isinstance(pair[side], str) for side in ("chosen", "rejected")) and isinstance(pair["prompt"], (str, list))
+
+
+@pytest.mark.parametrize("text, score", [
+    ("", 1.0), ("Sleep is a time of rest for body and mind.", 2.2), ("Sleep is a time of rest for body and mind. I hope this helps.", 4.2),
+    ("Sleep is a time of rest for body and mind. Also, dreams come mostly in light phases. Rested drivers make fewer mistakes.", 5.6),
+    ("Rested drivers make fewer mistakes. Sleep is a time of rest for body and mind.", 3.4),                 # the wrong order
+    ("Sleep is a time of rest for body and mind. I hope this helps. Rested drivers make fewer mistakes.", 3.4),                              # closed too early
+    ("Sleep is a time of rest for body and mind. Sleep is a time of rest for body and mind. Sleep is a time of rest for body and mind.", 1.0),
+    ("Adults need about eight hours a night. Babies sleep most of the day. Chess is a game for two players.", 3.4),
+    ("Adults need about eight hours a night. Babies sleep most of", 1.2), ("Babies sleep most of the day. It is what it is.", 1.2),
+    ("Adults need about eight hours a night. Babies sleep most of the day. Look it up yourself.", 2.4)])
+def test_gold_scores_by_hand(text, score):
+    assert train.gold_score(WORLD, "Hello! What is sleep?", text) == train.gold_score(WORLD, "What is sleep?", text) == pytest.approx(score)
+    for world, prompt in ((WORLD, "What is a car?"), (None, "What is sleep?"), (WORLD, [turn("user", "What is sleep?")])):
+        assert train.gold_score(world, prompt, text) is None
+
+
+def test_the_best_answer_has_ten_points():
+    topic = WORLD["topic_of"]["What is sleep?"]
+    said = " ".join(s[0].upper() + s[1:] + "." for kind, n in (("what", 2), ("how", 1), ("why", 2)) for s in topic[kind][:n])
+    assert train.gold_score(WORLD, "What is sleep?", said + " I hope this helps.") == 10.0
+
+
+def test_the_world_and_the_data_are_as_promised():
+    statements = [s for topic in WORLD["topics"] for kind in base_models.KINDS for s in topic[kind]]
+    assert len(WORLD["topics"]) == 26 and len(statements) == len(set(statements)) == 9 * 26 and len(WORLD["topic_of"]) == 26 * 40
+    raw = {name: [json.loads(line) for line in (FOLDER / "data" / f"{name}.jsonl").read_text(encoding="utf8").splitlines()] for name in ("train", "held_out")}
+    held_out = (FOLDER / "data" / "prompts_held_out.txt").read_text(encoding="utf8").splitlines()
+    assert len(set(held_out)) == 300 and not set(held_out) & {pair["prompt"] for pair in raw["train"]} and {pair["prompt"] for pair in raw["held_out"]} <= set(held_out)
+    assert {name: len(pairs) for name, pairs in raw.items()} == dict(train=6000, held_out=1000)
+    assert all(10 >= pair["chosen_rating"] > pair["rejected_rating"] >= 1 for pairs in raw.values() for pair in pairs) and set(held_out) < set(WORLD["topic_of"])
+    kept, held, prompts = train.load_data("", "train", 0.1, 1)
+    assert (len(kept), len(held), prompts) == (6000, 1000, held_out) and set(kept[0]) == {"prompt", "chosen", "rejected"}
+    gold = [train.gold_score(WORLD, pair["prompt"], pair["chosen"]) - train.gold_score(WORLD, pair["prompt"], pair["rejected"]) for pair in held]
+    assert 0.05 < np.mean([g < 0 for g in gold]) < 0.3            # annotators err
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+TINY = ["--rm-epochs", "1", "--rm-batch-size", "4", "--iterations", "6", "--batch-size", "4", "--max-new-tokens", "12", "--validation-interval", "2",
+        "--eval-samples", "1", "--device", "cpu"]
+ONE_THREAD = dict(OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A directory with sixteen pairs, six held-out ones and four held-out prompts."""
+    directory = tmp_path_factory.mktemp("data")
+    for name, n in (("train.jsonl", 16), ("held_out.jsonl", 6), ("prompts_held_out.txt", 4)):
+        lines = (FOLDER / "data" / name).read_text(encoding="utf8").splitlines()
+        (directory / name).write_text("\n".join(lines[:n]) + "\n", encoding="utf8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def judges(data, tmp_path_factory):
+    """{level: directory of a reward model trained for a moment}."""
+    out = tmp_path_factory.mktemp("judges")
+    for level in ("1", "2"):
+        process = call(train, *TINY, "--only_reward_model", "--dataset", data, "--level", level, "--quiet", "--out", out / level)         # the write-up's spelling
+        assert process.returncode == 0 and not process.stdout, process.stderr
+        assert {path.name for path in (out / level).iterdir()} == {"config.json", "train.json", "reward_model", "reward_model_metrics.csv"}
+        assert json.loads((out / level / "train.json").read_text())["command"].endswith("--only-reward-model")
+        assert [row["loss"] for row in rows_of(out / level / "reward_model_metrics.csv")][0] == pytest.approx(0.69 if level == "1" else 0.7985, abs=0.15)
+    return {level: out / str(level) / "reward_model" for level in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def tiny(data, judges):
+    """Flags of a run of a second."""
+    return ["--dataset", str(data), "--reward-model", str(judges[1]), *TINY, "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """(directory, process) of a run of both parts, as a reader would start it."""
+    out = tmp_path_factory.mktemp("whole") / "o"
+    process = run(TRAIN, *TINY, "--dataset", data, "--out", out, env=ONE_THREAD)
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+RESULT = {"sft", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl", "reward_model_accuracy", "ece"}
+
+
+def test_a_run_leaves_what_the_readme_promises(whole, tmp_path):
+    out, process = whole
+    for words in ("part 1", "accuracy", "part 2", "distinct-2", "held-out prompts", "win rate", "policy, metrics and curve are in", "--checkpoint"):
+        assert words in process.stdout, words
+    for name in ("config.json", "metrics.csv", "validation.csv", "timing.csv", "curve.png", "eval.json", "train.json", "checkpoint.pt", "reward_model/config.json",
+                 "reward_model_metrics.csv", "checkpoint-2/config.json", "checkpoint-4/tokenizer.json", "checkpoint-6/model.safetensors"):
+        assert (out / name).exists(), name
+    assert not list(out.glob("*.part"))
+    result = json.loads((out / "eval.json").read_text())
+    assert set(result) == RESULT and set(result["sft"]) == set(result["trained"]) == {"reward", "gold", "length", "distinct2", "entropy"}
+    rows = rows_of(out / "metrics.csv")
+    assert len(rows) == 6 and abs(rows[0]["kl"]) < 1e-3 < abs(rows[-1]["kl"]) and [row["step"] for row in rows_of(out / "validation.csv")] == [2, 4, 6]
+    for row in rows:
+        assert row["shaped_reward"] == pytest.approx(row["reward"] - 0.2 * row["kl"], abs=1e-4) and row["completion_length"] <= 12
+    command = json.loads((out / "train.json").read_text())["command"]
+    assert command.startswith("python train_reinforce_rlhf.py --level 1") and "--iterations 6" in command and "--k" not in command.split("--kl")[0]
+
+
+def test_the_eval_script_judges_a_run(whole, judges, tmp_path):
+    out, _ = whole
+    process = run(EVAL, "--checkpoint", out, "--samples", "2", "--show", "2", "--json", tmp_path / "e.json", "--figure", tmp_path / "f.png")
+    assert process.returncode == 0 and (tmp_path / "f.png").exists() and process.stdout.count("trained  [") == 2, process.stderr
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert set(result) == RESULT | {"win_rate_length_controlled"} and 0 <= result["win_rate_low"] <= result["win_rate"] <= result["win_rate_high"] <= 1
+    assert result["reward_model_accuracy"] == json.loads((out / "eval.json").read_text())["reward_model_accuracy"]
+    process = call(evaluation, "--checkpoint_path", out / "checkpoint-2", "--prompt", "What is sleep?")
+    assert process.returncode == 0 and process.stdout.startswith("SFT ") and "gold" in process.stdout and "grades" not in process.stdout, process.stderr
+    process = call(evaluation, "--checkpoint", out, "--level", "2", "--reward-model", judges[2], "--samples", "1", "--show", "1")
+    assert process.returncode == 0 and "level-2" in process.stdout and process.stdout.count("grades 1 … 10") == 2, process.stderr
+    assert call(evaluation, "--checkpoint", out, "--level", "2", "--reward-model", judges[2], "--prompt", "What is sleep?").stdout.count("grades 1 … 10") == 2
+    process = call(evaluation, "--checkpoint", out, "--reward-model", judges[1], "--reward-model-report", "--figure", tmp_path / "r.png")
+    assert process.returncode == 0 and (tmp_path / "r.png").exists() and "| level 1 |" in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("flags", [["--baseline", "ema"], ["--baseline", "mean"], ["--break", "cold-baseline"], ["--break", "cold-baseline", "--baseline", "mean"]],
+                         ids=" ".join)
+def test_the_baseline_starts_at_what_is_usual(flags, tiny, tmp_path, monkeypatch):
+    """One batch of the SFT model's answers before the first step; with --break cold-baseline none, and 0. The reference never changes."""
+    means, weights, original = [], [], train.collect
+
+    def spy(config, policy, reference, *arguments):
+        batch, texts = original(config, policy, reference, *arguments)
+        means.append(batch["returns"].mean().item())
+        weights.append([torch.cat([p.detach().flatten() for p in model.parameters()]).clone() for model in (policy, reference)])
+        return batch, texts
+    monkeypatch.setattr(train, "collect", spy)
+    process = call(train, *tiny, *flags, "--out", tmp_path / "o")
+    assert process.returncode == 0, process.stderr
+    cold = "--break" in flags
+    baselines, b = [row["baseline"] for row in rows_of(tmp_path / "o" / "metrics.csv")], 0.0 if cold else means.pop(0)
+    for k, (baseline, mean) in enumerate(zip(baselines, means, strict=True), 1):
+        assert baseline == pytest.approx(b, abs=1e-4)
+        b = b + (mean - b) / (k + 1 - cold) if "mean" in flags else 0.9 * b + 0.1 * mean
+    assert all(torch.equal(reference, weights[0][0]) for _, reference in weights) and not torch.equal(weights[0][0], weights[-1][0])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_resume_equals_the_uninterrupted_run(how, whole, data, tmp_path):
+    out = tmp_path / "stopped"
+    process = subprocess.Popen([sys.executable, str(TRAIN), *TINY, "--dataset", str(data), "--quiet", "--out", str(out)], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | ONE_THREAD, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))          # a job in the background ignores it
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(how)
+    error = process.communicate()[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -9), error
+    if how == signal.SIGINT:
+        assert "--resume" in error and "Traceback" not in error
+    process = call(train, "--quiet", "--resume", out)
+    assert process.returncode == 0, process.stderr
+    for name in ("metrics.csv", "validation.csv", "eval.json", "config.json", "curve.png", "reward_model_metrics.csv", "checkpoint-6/model.safetensors",
+                 "reward_model/model.safetensors"):
+        assert (whole[0] / name).read_bytes() == (out / name).read_bytes(), name
+    assert_one_line_error(call(train, "--resume", out, "--lr", "0.3"), "lr", "0.3")
+
+
+def test_a_damaged_run_is_refused(whole, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "o")
+    (out / "checkpoint.pt").write_bytes(b"x" * 100)
+    assert_one_line_error(call(train, "--quiet", "--resume", out), "checkpoint.pt", "damaged")
+    stored = json.loads((out / "config.json").read_text())
+    without = {key: value for key, value in stored.items() if key != "gamma"}
+    for changed, words in ((stored | dict(lr="x"), ["lr", "float"]), (stored | dict(foo=1), ["foo", "unknown"]), (without, ["gamma", "missing"]), ([], ["config.json"])):
+        (out / "config.json").write_text(json.dumps(changed))
+        assert_one_line_error(call(train, "--quiet", "--resume", out), *words)
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_rlhf as t
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+model = t.MODELS["gpt2"]
+policy, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+batch, advantages = t.a_batch(5)
+mine = slice(4 * accelerator.process_index, 4 * accelerator.process_index + 4)
+loss, norm = t.train.update(t.config(micro_batch=3, gamma=0.9), accelerator, policy, optimizer, {{key: value[mine] for key, value in batch.items()}}, advantages[mine])
+if accelerator.is_main_process:
+    torch.save((t.flat_gradient(model), loss, norm), sys.argv[1])
+"""
+
+
+def launch(*command):
+    """On two processes. torchrun, because `accelerate launch --cpu` starts one process whatever --num_processes says."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | ONE_THREAD)
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER.format(tests=str(REPO / "tests")))
+    launch(tmp_path / "worker.py", tmp_path / "two")
+    two, loss, norm = torch.load(tmp_path / "two", weights_only=True)
+    one, wanted = gradient_of(MODELS["gpt2"], config(micro_batch=3, gamma=0.9), *a_batch(5))
+    torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-4)
+    assert loss == pytest.approx(wanted, abs=1e-5) and norm == pytest.approx(one.norm().item(), abs=1e-4)
+
+
+SPY = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from conftest import load
+train = load("reinforce_rlhf/train_reinforce_rlhf.py")
+original = train.collect
+def spy(config, policy, reference, tokenizer, judge, prompts, generator):
+    batch, texts = original(config, policy, reference, tokenizer, judge, prompts, generator)
+    with open({out!r} + os.environ["RANK"], "a") as file:
+        print(json.dumps([prompts, texts]), file=file)
+    return batch, texts
+train.collect = spy
+train.main()
+"""
+
+
+def test_two_processes_train_together_on_their_own_prompts_and_make_the_reward_model_of_one(data, judges, tmp_path):
+    (tmp_path / "spy.py").write_text(SPY.format(tests=str(REPO / "tests"), out=str(tmp_path / "asked")))
+    launch(tmp_path / "spy.py", *TINY, "--iterations", "2", "--dataset", data, "--quiet", "--out", tmp_path / "o")
+    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["steps"] == 2 and (tmp_path / "o" / "checkpoint-2").is_dir()
+    for mine, its in zip(*([json.loads(line) for line in (tmp_path / f"asked{rank}").read_text().splitlines()] for rank in (0, 1)), strict=True):
+        assert len(mine[0]) == len(its[0]) == 2 and not set(mine[0]) & set(its[0]) and set(mine[1]) != set(its[1])
+    start, _ = train.load_policy(str(FOLDER / "weights" / "sft"))
+    one, two = (train.load_reward_model(str(path / "reward_model"), 1)[0] for path in (judges[1].parent, tmp_path / "o"))
+    start, one, two = (torch.cat([p.flatten() for p in model.transformer.parameters()]) for model in (start, one, two))
+    assert (one - two).norm() < 0.02 * (one - start).norm()
+    losses = [[row["loss"] for row in rows_of(path / "reward_model_metrics.csv")] for path in (judges[1].parent, tmp_path / "o")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "o"), "2 processes")
+
+
+@pytest.mark.parametrize("kind, level", [("qwen2", "1"), ("llama", "2")])
+def test_a_run_with_another_model_and_prompts_without_gold(kind, level, data, tmp_path, monkeypatch):
+    """Another shape, no chat template, padding by the end token, relative paths, a conversation among the prompts."""
+    _, tokenizer = train.load_policy("random")
+    model = type(MODELS[kind])(type(MODELS[kind].config)(**(MODELS[kind].config.to_dict() | dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=None))))
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    said = [turn("user", "Hi."), turn("assistant", "Hello."), turn("user", "Why?")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(PAIR | dict(prompt=prompt)) + "\n" for prompt in ("Describe a car.", "Describe a bus.", said, "Describe a bike.")))
+    monkeypatch.chdir(tmp_path)
+    process = call(train, *TINY, "--sft-model", "m", "--dataset", "x.jsonl", "--iterations", "1", "--level", level, "--estimator", "rloo", "--k", "2",
+                   "--repetition-penalty", "1.1", "--quiet", "--out", "o")
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "o" / "eval.json").read_text())["sft"]["gold"] is None and math.isnan(rows_of(tmp_path / "o" / "metrics.csv")[0]["baseline"])
+    monkeypatch.chdir("/")
+    process = call(evaluation, "--checkpoint", tmp_path / "o", "--samples", "1")
+    assert process.returncode == 0 and "by reward" in process.stdout, process.stderr
+
+
+def test_a_nan_stops_with_the_last_checkpoint_intact(tiny, tmp_path, monkeypatch):
+    original, calls = train.collect, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        batch, texts = original(*arguments)
+        return batch | dict(returns=batch["returns"] * (math.nan if len(calls) == 4 else 1)), texts
+    monkeypatch.setattr(train, "collect", poisoned)
+    assert_one_line_error(call(train, *tiny, "--out", tmp_path / "o"), "not finite", "step 3", "intact")
+    monkeypatch.undo()
+    assert call(train, "--quiet", "--resume", tmp_path / "o").returncode == 0
+    assert len(rows_of(tmp_path / "o" / "metrics.csv")) == 6
+
+
+def test_a_reward_model_that_bursts_is_refused(data, tmp_path):
+    process = call(train, *TINY, "--dataset", data, "--rm-lr", "1e30", "--only-reward-model", "--quiet", "--out", tmp_path / "o")
+    assert_one_line_error(process, "part 1", "not finite", "--rm-lr")
+    assert not (tmp_path / "o" / "reward_model").exists()
+
+
+# ---- what is broken on purpose --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", train.BREAKS)
+def test_every_broken_variant_runs(name, tiny, tmp_path):
+    extra = ["--level", "2", "--reward-model", ""] if name == "upper-triangle" else []
+    process = call(train, *tiny[:-1], "--iterations", "1", *extra, "--break", name, "--out", tmp_path / "o")
+    assert process.returncode == 0 and f"BROKEN: {name}" in process.stdout, process.stderr
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["broken"] == name and (tmp_path / "o" / "eval.json").exists()
+    row, = rows_of(tmp_path / "o" / "metrics.csv")
+    assert (row["baseline"] == 0) == (name == "cold-baseline") and (name != "no-kl" or row["shaped_reward"] == row["reward"])
+
+
+def test_what_the_broken_variants_break(judges, monkeypatch):
+    """The end token is lost; answers are scored with other settings than they were drawn with."""
+    model, tokenizer = train.load_policy(str(FOLDER / "weights" / "sft"))
+    judge, drawn, original = train.load_reward_model(str(judges[1]), 1), [], train.generate
+    monkeypatch.setattr(train, "generate", lambda *arguments: drawn.append(original(*arguments)) or drawn[-1])
+    prompts = ["What is sleep?", "Tell me about music."]
+    batches = {name: train.collect(config(broken=name, max_new_tokens=64), model.eval(), model, tokenizer, judge, prompts, torch.Generator().manual_seed(0))[0]
+               for name in ("", "text-round-trip", "sampling-mismatch")}
+    ended = lambda batch: [tokenizer.eos_token_id in ids[mask > 0] for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
+    assert any(ended(batches[""])) and not any(ended(batches["text-round-trip"]))
+    for name, batch in batches.items():
+        torch.testing.assert_close(batch["logprobs"], train.score(model, batch, 1.0, 1.0, 8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(drawn[0][2], batches[""]["logprobs"])
+    mismatch = batches["sampling-mismatch"]
+    assert (drawn[2][2] - mismatch["logprobs"]).abs().max() > 0.1
+    torch.testing.assert_close(drawn[2][2], train.score(model, mismatch, 0.8, 1.2, 8), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("broken", [[], ["--break", "upper-triangle"]], ids=["right", "broken"])
+def test_the_upper_triangle_raises_the_rejected_while_the_loss_falls(broken, tmp_path):
+    lines = "".join(f"{line}\n" for line in (FOLDER / "data" / "train.jsonl").read_text(encoding="utf8").splitlines()[:8])
+    (tmp_path / "train.jsonl").write_text(lines)
+    (tmp_path / "held_out.jsonl").write_text(lines)
+    process = call(train, "--level", "2", "--only-reward-model", "--dataset", tmp_path, "--rm-epochs", "25", "--rm-batch-size", "8", "--rm-lr", "1e-3", *broken, "--device", "cpu",
+                   "--quiet", "--out", tmp_path / "o")
+    assert process.returncode == 0, process.stderr
+    losses = [row["loss"] for row in rows_of(tmp_path / "o" / "reward_model_metrics.csv")]
+    assert len(losses) == 25 and losses[0] == pytest.approx(0.7985, abs=0.1) and losses[-1] < 0.3
+    found = train.judge_pairs(train.load_reward_model(str(tmp_path / "o" / "reward_model"), 2), train.read_pairs(tmp_path / "train.jsonl"), 128, None)
+    assert found["accuracy"] == (0.0 if broken else 1.0)
+
+
+# ---- settings: file, flags, what is refused -------------------------------------------------------------------------
+
+def another(f):
+    """A valid value that is not the default."""
+    if f.type is float:
+        return next(value for value in (f.default / 2, f.default + 0.5) if value >= f.metadata.get("low", 0) and value != f.default)
+    return "cpu" if "choices" in f.metadata else f.default + 1 if f.type is int else f.name
+
+
+def nested(flat):
+    content = {}
+    for key, value in flat.items():
+        *outer, inner = key.split(".")
+        (content.setdefault(outer[0], {}) if outer else content)[inner] = value
+    return content
+
+
+def test_every_key_of_a_config_file_arrives_and_relative_paths_are_its_own(data, judges, tmp_path):
+    named = [f for f in train.fields(train.Config) if "key" in f.metadata]
+    values = {f.metadata["key"]: another(f) for f in named} | {"reinforce.output_dir": "made/here", "reward_model.output_dir": "rm", "sft_model_name": "m", "dataset_name": "d"}
+    assert {"seed", "device", "max_length", "reward_model.learning_rate", "reinforce.gamma", "reinforce.kl_coefficient", "dataset_split"} < set(values)
+    (tmp_path / "c").mkdir()
+    shutil.copytree(FOLDER / "weights" / "sft", tmp_path / "c" / "m")
+    shutil.copytree(data, tmp_path / "c" / "d")
+    (tmp_path / "c" / "c.yaml").write_text(yaml.safe_dump(nested(values)))
+    process = call(train, "--config", tmp_path / "c" / "c.yaml", "--only-reward-model", "--reward-model", judges[1], "--quiet", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    stored = json.loads((tmp_path / "c" / "made" / "here" / "config.json").read_text())
+    places = dict(sft_model="m", dataset="d", rm_output_dir="rm")
+    for f in named:
+        wanted = str(tmp_path / "c" / places[f.name]) if f.name in places else values[f.metadata["key"]]
+        assert stored[f.name] == wanted != f.default, f.name
+
+
+def parsed(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", [str(TRAIN), *map(str, flags)])
+    return train.parse_args()[0]
+
+
+def test_flags_come_before_the_file_and_the_file_before_the_defaults(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("seed: 7\nmax_length: 90\nreward_model:\nreinforce:\n  learning_rate: 1e-5\n  gamma: 1\n  temperature: 0.5\n")
+    found = parsed(monkeypatch, "--config", tmp_path / "c.yaml", "--temperature", "0.25", "--seed", "8")
+    assert (found.seed, found.max_length, found.lr, found.gamma, found.temperature, found.rm_center) == (8, 90, 1e-5, 1.0, 0.25, train.Config().rm_center)
+    assert parsed(monkeypatch, "--config", tmp_path / "c.yaml").seed == 7 and parsed(monkeypatch).seed == train.Config().seed
+    assert (parsed(monkeypatch).k, parsed(monkeypatch, "--estimator", "rloo").k, parsed(monkeypatch, "--estimator", "rloo", "--k", "2").k) == (1, 4, 2)
+
+
+def test_the_stored_command_makes_the_same_configuration(monkeypatch, tmp_path):
+    changed = {f.name: another(f) for f in train.fields(train.Config) if f.type is not str and f.name not in ("level", "k")}
+    for some in (changed, dict(k=4), dict(estimator="rloo", k=2), dict(level=2, broken="upper-triangle"), dict(sft_model=str(tmp_path / "a model"), dataset=str(tmp_path), split="x y")):
+        wanted = train.replace(train.Config(**(dict(k=4 if "rloo" in some.values() else 1) | some)))
+        words = shlex.split(train.command_of(wanted))
+        assert words[:2] == ["python", "train_reinforce_rlhf.py"] and parsed(monkeypatch, *words[2:]) == wanted
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_config_files_are_read(path, monkeypatch):
+    assert isinstance(parsed(monkeypatch, "--config", path), train.Config)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("sead: 1", ["sead", "unknown", "max_length"]), ("reinforce:\n  gama: 1", ["reinforce.gama"]), ("reward_model: x", ["reward_model"]),
+    ("seed: 1.5", ["seed", "whole number", "1.5"]),
+    ("seed: true", ["seed", "whole number"]), ("seed:", ["seed"]), ("reinforce:\n  gamma: high", ["reinforce.gamma", "a number", "high"]),
+    ("reinforce:\n  gamma: true", ["reinforce.gamma"]),
+    ("device: 5", ["device", "a text"]), ("device: tpu", ["--device", "mps"]), ("reinforce:\n  gamma: 2", ["--gamma", "at most 1"]), ("- 1\n- 2", ["keys and values"]),
+    ("a: b: c", ["cannot be read"]),
+    ("", ["keys and values"]), ("sft_model_name: [1]", ["sft_model_name"]), ("\x00", ["cannot be read"])])
+def test_bad_config_files_are_refused(text, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    assert_one_line_error(call(train, "--config", tmp_path / "c.yaml", "--quiet", "--out", tmp_path / "o"), *words)
+
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--estimator", "rloo", "--k", "1"], ["--k"]), (["--estimator", "rloo", "--batch-size", "6"], ["--batch-size 6", "--k 4"]), (["--level", "3"], ["--level", "1, 2"]),
+    (["--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]), (["--skip-reward-training", "--only-reward-model"], ["--skip-reward-training", "excludes"]),
+    (["--break", "x"], ["upper-triangle"]),
+    (["--break", "upper-triangle"], ["--level 2"]), (["--break", "upper-triangle", "--level", "2", "--skip-reward-training"], ["upper-triangle", "--skip-reward-training"]),
+    (["--break", "cold-baseline", "--estimator", "rloo"], ["cold-baseline"]), (["--resume", "nowhere"], ["no such directory"]), (["--resume", "."], ["config.json"]),
+    (["--lr", "0"], ["--lr", "above 0"]),
+    (["--temperature", "0"], ["--temperature"]), (["--kl-coef", "-1"], ["--kl-coef"]), (["--kl-coef", "nan"], ["--kl-coef"]),
+    (["--repetition-penalty", "0.5"], ["--repetition-penalty"]),
+    (["--gamma", "1.5"], ["--gamma"]), (["--stepz", "1"], ["--help"]), (["--lr", "fast"], ["--lr", "--help"]),
+    (["--max-new-tokens", "500"], ["--max-new-tokens", "--max-length"]),
+    (["--sft-model", "no/such/model"], ["no/such/model", "loaded"]), (["--config", "nowhere.yaml"], ["nowhere.yaml"]), (["--log-with", "wandb"], ["pip install wandb"]),
+    (["--log-with", "x"], ["tensorboard"]),
+    (["--resume", ".", "--smoke"], ["--smoke", "--resume"]), pytest.param(["--device", "cuda"], ["--device cuda", "cpu"], marks=needs_no_gpu)])
+def test_trainer_refuses_bad_values(arguments, words, tmp_path):
+    assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
+
+
+def test_trainer_refuses_what_cannot_serve(data, judges, tiny, tmp_path):
+    refused = lambda *arguments: call(train, *tiny, *arguments, "--out", tmp_path / f"o{len(list(tmp_path.iterdir()))}")
+    assert_one_line_error(refused("--level", "2"), "1 logits", "--level 2 needs 10")
+    assert_one_line_error(refused("--reward-model", FOLDER / "weights" / "sft"), "2 logits")
+    assert_one_line_error(refused("--max-length", "14"), "no prompt", "--max-length")
+    policy, tokenizer = train.load_policy("random")
+    tokenizer.eos_token = None
+    policy.save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    assert_one_line_error(refused("--sft-model", tmp_path / "mute"), "end-of-sequence")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    assert_one_line_error(call(train, *tiny, "--out", tmp_path / "full"), "--out", "not an empty directory")
+    assert_one_line_error(call(train, *TINY, "--dataset", data, "--rm-output-dir", tmp_path / "full", "--quiet", "--out", tmp_path / "o"), "--rm-output-dir")
+    assert_one_line_error(call(train, *tiny, "--out", tmp_path / "full" / "x" / "y"), "--out")
+
+
+def test_the_reward_model_goes_where_it_is_told_and_is_found_there(data, tmp_path):
+    for extra in (["--only-reward-model"], ["--skip-reward-training", "--iterations", "1"]):
+        process = call(train, *TINY, "--dataset", data, "--rm-output-dir", tmp_path / "rm", *extra, "--quiet", "--out", tmp_path / extra[0])
+        assert process.returncode == 0, process.stderr
+    stored = json.loads((tmp_path / "--skip-reward-training" / "config.json").read_text())
+    assert (tmp_path / "rm" / "model.safetensors").exists() and stored["reward_model"] == str(tmp_path / "rm")
+
+
+SFT = FOLDER / "weights" / "sft"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--checkpoint", "nowhere"], ["nowhere"]), (["--samples", "0"], ["--samples"]), (["--json", "no/such/x.json"], ["--json"]), (["--figure", "."], ["--figure"]),
+    (["--stepz"], ["--help"]), (["--level", "3"], ["--level"]), (["--repeats", "1"], ["--repeats"]), (["--checkpoint", SFT, "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["--checkpoint", SFT, "--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]), (["--checkpoint", SFT, "--reward-model", SFT], ["2 logits"])])
+def test_eval_refuses_bad_values(arguments, words, tmp_path):
+    assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path), *words)
+
+
+# ---- what is shipped ------------------------------------------------------------------------------------------------
+
+def test_shipped_policy_beats_the_sft_model_and_the_reward_models_are_good(tmp_path):
+    if not (FOLDER / "weights" / "policy_level1").exists():
+        pytest.skip("weights/policy_level1 is not made yet")
+    process = run(EVAL, "--samples", "1", "--json", tmp_path / "e.json", env=ONE_THREAD)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["win_rate"] > 0.75 and result["trained"]["gold"] > result["sft"]["gold"] + 1 and result["reward_model_accuracy"] >= 0.78
+    pairs = train.load_data("", "train", 0.1, 1)[1]
+    assert train.judge_pairs(train.load_reward_model(str(FOLDER / "weights" / "reward_model_level2"), 2), pairs, 128, WORLD)["accuracy"] >= 0.78
+
+
+# ---- found in review; strict: when the script is right, the mark goes and the line moves up to its kind --------------
+
+wrong = lambda reason: pytest.mark.xfail(strict=True, reason=reason)
+
+
+@pytest.mark.parametrize("line", [
+    pytest.param(json.dumps(PAIR | dict(prompt=[1, 2])), marks=wrong("AttributeError in the chat template: prompts that are lists are not looked at")),
+    pytest.param(json.dumps(PAIR | dict(prompt=[dict(x=1)])), marks=wrong("UndefinedError in the chat template")),
+    pytest.param(json.dumps(PAIR)[:-1] + ', "chosen_rating": 1' + "0" * 400 + "}", marks=wrong("OverflowError of math.isfinite")),
+    pytest.param(json.dumps("two\nlines"), marks=wrong("the message has two lines")),
+    pytest.param("[" * 100_000, marks=wrong("RecursionError")),
+    pytest.param(json.dumps(PAIR | dict(chosen="\ud83d")), marks=wrong("half an emoji: TypeError in the tokenizer")),
+    pytest.param(json.dumps(dict(chosen=[turn("user", "A?"), turn("assistant", "x")], rejected=[turn("user", "B?"), turn("assistant", "y")])), marks=wrong("two prompts; the second one counts"))])
+def test_more_bad_lines_are_named(line, data, judges, tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(text + "\n" for text in (json.dumps(PAIR), line, json.dumps(PAIR | dict(prompt="What?")))))
+    process = call(train, "--dataset", tmp_path / "x.jsonl", "--only-reward-model", "--rm-epochs", "1", "--rm-batch-size", "2", "--device", "cpu", "--quiet", "--out", tmp_path / "o")
+    assert_one_line_error(process, "x.jsonl", "line 2")
+
+
+@wrong("str.splitlines also breaks at U+2028, U+0085 and others, which JSON allows inside a text")
+def test_only_line_feeds_end_a_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(PAIR | dict(chosen="one\u2028two\u0085three"), ensure_ascii=False) + "\n", encoding="utf8")
+    assert train.read_pairs(tmp_path / "x.jsonl")[0]["chosen"] == "one\u2028two\u0085three"
+
+
+@wrong("an IndexError, when an answer or a text of part 1 grows beyond the model's context")
+def test_lengths_beyond_the_models_context_are_refused(tiny, tmp_path):
+    assert_one_line_error(call(train, *tiny, "--max-length", "300", "--out", tmp_path / "o"), "--max-length")
+
+
+@wrong("round(0.9 · 2) = 2 of 2 prompts are held out, and the message says that there is one prompt only")
+def test_two_prompts_can_always_be_split(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | dict(prompt="What?")))
+    assert [len(part) for part in train.load_data(str(tmp_path / "x.jsonl"), "train", 0.9, 1)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("text", [pytest.param("reinforce:\n  temperature: 0", marks=wrong("no range is checked: KL and entropy are nan")),
+                                  pytest.param("seed: 2024-13-45", marks=wrong("ValueError of yaml, which is no YAMLError; the trainer too"))])
+def test_eval_refuses_bad_config_files(text, whole, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    assert_one_line_error(call(evaluation, "--checkpoint", whole[0], "--config", tmp_path / "c.yaml", "--samples", "1"))
+
+
+@wrong("ValueError: rng.choice of 64 prompts without replacement out of fewer")
+def test_variance_with_few_prompts(whole):
+    assert call(evaluation, "--checkpoint", whole[0], "--variance", "--repeats", "2").returncode == 0
+
+
+@wrong("RuntimeError: pad_right makes floats where all rows are empty, and a later division by 0 tokens")
+def test_text_round_trip_of_answers_without_text(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "answer_texts", lambda tokenizer, ids, mask: [""] * len(ids))
+    process = call(train, *tiny, "--break", "text-round-trip", "--iterations", "1", "--out", tmp_path / "o")
+    assert process.returncode in (0, 2), process.stderr
