@@ -113,17 +113,19 @@ class Config:
 def read_pairs(path):
     """Preference pairs from JSON Lines: prompt, chosen, rejected, and, if they are there, chosen_rating and rejected_rating."""
     try:
-        lines = path.read_text(encoding="utf8").splitlines()
+        text = path.read_text(encoding="utf8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as problem:
         fail(f"data file {path} cannot be read ({type(problem).__name__}); it must hold one JSON object per line")
-    if not lines:
+    if not text:
         fail(f"data file {path} is empty; it needs one JSON object per line")
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):           # not splitlines(), which breaks at other characters too
+        if not line.strip():
+            fail(f"{path}, line {number} is empty; every line needs an object with prompt, chosen and rejected")
         try:
-            pairs.append(checked_pair(json.loads(line) if line.strip() else "an empty line"))
-        except ValueError as problem:
-            fail(f"{path}, line {number}: " + ("no valid JSON" if isinstance(problem, json.JSONDecodeError) else str(problem)))
+            pairs.append(checked_pair(json.loads(line)))
+        except (ValueError, RecursionError) as problem:
+            fail(f"{path}, line {number}: " + ("no valid JSON" if isinstance(problem, (json.JSONDecodeError, RecursionError)) else str(problem)))
     return pairs
 
 
@@ -133,26 +135,40 @@ def checked_pair(record):
     A prompt is a text or a list of messages; chosen and rejected may be lists of messages too, whose last one is the answer.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"an object with prompt, chosen and rejected is expected, not {record if isinstance(record, str) else json.dumps(record)[:40]}")
+        raise ValueError(f"an object with prompt, chosen and rejected is expected, not {json.dumps(record)[:40]}")
+    asked = []
     for side in ("chosen", "rejected"):
-        if side in record and isinstance(record[side], list):       # whole conversations: all but the last message are the prompt
-            messages = record[side]
-            if len(messages) < 2 or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-                raise ValueError(f"{side} is a list, but not of messages with role and content")
-            turns = [dict(role=m["role"], content=m["content"]) for m in messages[:-1]]
-            record = record | {side: messages[-1]["content"], "prompt": turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns}
+        if isinstance(record.get(side), list):                    # whole conversations: all but the last message are the prompt
+            messages = checked_messages(record[side], side)
+            if len(messages) < 2:
+                raise ValueError(f"{side} is a conversation without a question")
+            asked.append(messages[:-1])
+            record = record | {side: messages[-1]["content"], "prompt": asked[0]}
+    if any(turns != asked[0] for turns in asked):
+        raise ValueError("chosen and rejected answer different prompts")
+    if isinstance(record.get("prompt"), list):
+        turns = checked_messages(record["prompt"], "prompt")
+        record = record | dict(prompt=turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns)
     for key in ("prompt", "chosen", "rejected"):
         if key not in record:
             raise ValueError(f"{key} is missing")
-        if not isinstance(record[key], str) and not (key == "prompt" and isinstance(record[key], list)) or not record[key]:
-            raise ValueError(f"{key} is {'empty' if not record[key] else 'no text'}")
+        if not record[key] or not isinstance(record[key], str) and (key != "prompt" or not isinstance(record[key], list)):
+            raise ValueError(f"{key} is {'empty' if record[key] in ('', []) else 'no text'}")
+        (record[key] if isinstance(record[key], str) else "".join(turn["content"] for turn in record[key])).encode()               # half an emoji raises a ValueError
     ratings = [record.get("chosen_rating"), record.get("rejected_rating")]
     for rating in ratings:
-        if rating is not None and (isinstance(rating, bool) or not isinstance(rating, (int, float)) or not math.isfinite(rating)):
-            raise ValueError(f"the rating {rating!r} is no number")
+        if rating is not None and (isinstance(rating, bool) or not isinstance(rating, (int, float)) or not abs(rating) < 1e300):
+            raise ValueError(f"the rating {str(rating)[:40]} is no number")
     if None not in ratings and ratings[0] < ratings[1]:
         raise ValueError(f"chosen_rating {ratings[0]} is below rejected_rating {ratings[1]}, which contradicts chosen and rejected")
     return {key: record[key] for key in ("prompt", "chosen", "rejected")}
+
+
+def checked_messages(messages, key):
+    """A list of {role, content}; raises ValueError for anything else."""
+    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        raise ValueError(f"{key} is {'a list, but not of messages with role and content' if messages else 'empty'}")
+    return [dict(role=m["role"], content=m["content"]) for m in messages]
 
 
 def load_data(dataset, split, validation_split, seed):
@@ -175,8 +191,8 @@ def load_data(dataset, split, validation_split, seed):
         except Exception as problem:                                # the hub's own errors are of many kinds
             fail(f"dataset {dataset}, split {split}, cannot be used: {' '.join(str(problem).split())[:150]}")
     prompts = unique_prompts(pairs)
-    count = max(1, round(validation_split * len(prompts)))
-    if count == len(prompts):
+    count = min(max(1, round(validation_split * len(prompts))), len(prompts) - 1)
+    if not count:
         fail(f"dataset {dataset} has one prompt only, so none can be held out; give more data")
     held = {json.dumps(prompts[i]) for i in np.random.default_rng(seed).permutation(len(prompts))[:count]}
     apart = [[pair for pair in pairs if (json.dumps(pair["prompt"]) in held) == side] for side in (False, True)]
@@ -295,7 +311,7 @@ def judged_tokens(tokenizer, prompts, answers, longest):
 
 def pad_right(rows, pad_id, device):
     """(ids [B, L], mask [B, L])"""
-    L = max(map(len, rows))
+    L = max(1, *map(len, rows))
     return torch.tensor([row + [pad_id] * (L - len(row)) for row in rows], device=device), torch.tensor([[1] * len(row) + [0] * (L - len(row)) for row in rows], device=device)
 
 
@@ -730,7 +746,7 @@ def train_policy(config, out, accelerator, policy, tokenizer, judge, prompts, he
         # entropy and kl are estimates from the tokens drawn: mean of −log π, and Σ_t log π − log π_ref per answer
         reward, returns, gold_mean, kl, distinct, surprise, tokens, cut_off, square = accelerator.reduce(means, "mean").tolist()
         row = dict(step=step, reward=reward, gold=gold_mean, kl=kl, shaped_reward=returns, baseline=math.nan if state["baseline"] is None else state["baseline"],
-                   advantage_rms=math.sqrt(square), distinct2=distinct, entropy=surprise / tokens, completion_length=tokens / len(mask), cut_off_ratio=cut_off, loss=loss, grad_norm=grad_norm)
+                   advantage_rms=math.sqrt(square), distinct2=distinct, entropy=surprise / max(tokens, 1), completion_length=tokens / len(mask), cut_off_ratio=cut_off, loss=loss, grad_norm=grad_norm)
         if config.estimator == "reinforce":
             state["baseline"] = baseline_after(config.baseline, state["baseline"], step - ("cold-baseline" in config.broken), returns)
         end = time.perf_counter()
@@ -767,6 +783,9 @@ def train(config, out, accelerator, log=print, bar=False, only_reward_model=Fals
     else:
         pairs, held_pairs, held_out = load_data(config.dataset, config.split, config.validation_split, config.seed)
     sft, tokenizer = load_policy(config.sft_model or str(HERE / "weights" / "sft"))
+    context = getattr(sft.config, "max_position_embeddings", None) or 10**9
+    if config.max_length > context:
+        fail(f"--max-length {config.max_length} exceeds the model's context of {context} tokens")
     if accelerator.is_main_process and not (out / "config.json").exists():                          # not before the data and the model could be read
         write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     directory = Path(config.reward_model or config.rm_output_dir or out / "reward_model")
@@ -877,7 +896,7 @@ def read_config(path):
     """{field: value} of a YAML file with the keys that Config names; relative paths are meant from the file's own directory."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+    except (OSError, ValueError, yaml.YAMLError) as problem:
         fail(f"--config {path} cannot be read: {' '.join(str(problem).split())[:150]}")
     if not isinstance(content, dict):
         fail(f"--config {path} must hold keys and values, such as seed: 1")

@@ -1054,55 +1054,47 @@ def test_shipped_policy_beats_the_sft_model_and_the_reward_models_are_good(tmp_p
     assert train.judge_pairs(train.load_reward_model(str(FOLDER / "weights" / "reward_model_level2"), 2), pairs, 128, WORLD)["accuracy"] >= 0.78
 
 
-# ---- found in review; strict: when the script is right, the mark goes and the line moves up to its kind --------------
-
-wrong = lambda reason: pytest.mark.xfail(strict=True, reason=reason)
-
+# ---- found in review -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line", [
-    pytest.param(json.dumps(PAIR | dict(prompt=[1, 2])), marks=wrong("AttributeError in the chat template: prompts that are lists are not looked at")),
-    pytest.param(json.dumps(PAIR | dict(prompt=[dict(x=1)])), marks=wrong("UndefinedError in the chat template")),
-    pytest.param(json.dumps(PAIR)[:-1] + ', "chosen_rating": 1' + "0" * 400 + "}", marks=wrong("OverflowError of math.isfinite")),
-    pytest.param(json.dumps("two\nlines"), marks=wrong("the message has two lines")),
-    pytest.param("[" * 100_000, marks=wrong("RecursionError")),
-    pytest.param(json.dumps(PAIR | dict(chosen="\ud83d")), marks=wrong("half an emoji: TypeError in the tokenizer")),
-    pytest.param(json.dumps(dict(chosen=[turn("user", "A?"), turn("assistant", "x")], rejected=[turn("user", "B?"), turn("assistant", "y")])), marks=wrong("two prompts; the second one counts"))])
+    json.dumps(PAIR | dict(prompt=[1, 2])),
+    json.dumps(PAIR | dict(prompt=[dict(x=1)])),
+    json.dumps(PAIR)[:-1] + ', "chosen_rating": 1' + "0" * 400 + "}",
+    json.dumps("two\nlines"),
+    "[" * 100_000,
+    json.dumps(PAIR | dict(chosen="\ud83d")),
+    json.dumps(dict(chosen=[turn("user", "A?"), turn("assistant", "x")], rejected=[turn("user", "B?"), turn("assistant", "y")]))])
 def test_more_bad_lines_are_named(line, data, judges, tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(text + "\n" for text in (json.dumps(PAIR), line, json.dumps(PAIR | dict(prompt="What?")))))
     process = call(train, "--dataset", tmp_path / "x.jsonl", "--only-reward-model", "--rm-epochs", "1", "--rm-batch-size", "2", "--device", "cpu", "--quiet", "--out", tmp_path / "o")
     assert_one_line_error(process, "x.jsonl", "line 2")
 
 
-@wrong("str.splitlines also breaks at U+2028, U+0085 and others, which JSON allows inside a text")
 def test_only_line_feeds_end_a_line(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(PAIR | dict(chosen="one\u2028two\u0085three"), ensure_ascii=False) + "\n", encoding="utf8")
     assert train.read_pairs(tmp_path / "x.jsonl")[0]["chosen"] == "one\u2028two\u0085three"
 
 
-@wrong("an IndexError, when an answer or a text of part 1 grows beyond the model's context")
 def test_lengths_beyond_the_models_context_are_refused(tiny, tmp_path):
     assert_one_line_error(call(train, *tiny, "--max-length", "300", "--out", tmp_path / "o"), "--max-length")
 
 
-@wrong("round(0.9 · 2) = 2 of 2 prompts are held out, and the message says that there is one prompt only")
 def test_two_prompts_can_always_be_split(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | dict(prompt="What?")))
     assert [len(part) for part in train.load_data(str(tmp_path / "x.jsonl"), "train", 0.9, 1)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("text", [pytest.param("reinforce:\n  temperature: 0", marks=wrong("no range is checked: KL and entropy are nan")),
-                                  pytest.param("seed: 2024-13-45", marks=wrong("ValueError of yaml, which is no YAMLError; the trainer too"))])
+@pytest.mark.parametrize("text", ["reinforce:\n  temperature: 0",
+                                  "seed: 2024-13-45"])
 def test_eval_refuses_bad_config_files(text, whole, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     assert_one_line_error(call(evaluation, "--checkpoint", whole[0], "--config", tmp_path / "c.yaml", "--samples", "1"))
 
 
-@wrong("ValueError: rng.choice of 64 prompts without replacement out of fewer")
 def test_variance_with_few_prompts(whole):
     assert call(evaluation, "--checkpoint", whole[0], "--variance", "--repeats", "2").returncode == 0
 
 
-@wrong("RuntimeError: pad_right makes floats where all rows are empty, and a later division by 0 tokens")
 def test_text_round_trip_of_answers_without_text(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "answer_texts", lambda tokenizer, ids, mask: [""] * len(ids))
     process = call(train, *tiny, "--break", "text-round-trip", "--iterations", "1", "--out", tmp_path / "o")
