@@ -1070,7 +1070,8 @@ def main():
         for place, model in (("the SFT model", reference), ("the checkpoint", policy)):
             found = gradient_variance(model, reference, tokenizer, judge, prompts, config, args.repeats)
             for name, (noise, signal) in found.items():
-                print(f"| {place} | {name} | {noise / signal:.1f} | {noise / found['REINFORCE, b = 0'][0]:.2f} |", flush=True)
+                ratio = f"{noise / signal:.1f}" if signal > noise / args.repeats else "signal too small"      # below the error of its estimate
+                print(f"| {place} | {name} | {ratio} | {noise / found['REINFORCE, b = 0'][0]:.2f} |", flush=True)
         return
     sft, trained = (evaluate(model, reference, tokenizer, judge, prompts, args.samples, config, world, args.seed) for model in (reference, policy))
     report = judge_pairs(judge, pairs, config.max_length, world)

@@ -510,7 +510,7 @@ def test_win_rate_at_equal_length():
 # ---- data and the world ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, words", [
-    ("", ["empty line"]), ("{", ["no valid JSON"]), (json.dumps(PAIR)[:-3], ["no valid JSON"]), ("[1, 2]", ["object", "[1, 2]"]), ("5", ["object"]),
+    ("", ["line 2 is empty"]), ("{", ["no valid JSON"]), (json.dumps(PAIR)[:-3], ["no valid JSON"]), ("[1, 2]", ["object", "[1, 2]"]), ("5", ["object"]),
     ("null", ["object"]), ('"text"', ["object"]),
     *((json.dumps({k: v for k, v in PAIR.items() if k != key}), [key, "missing"]) for key in PAIR), (json.dumps(PAIR | dict(chosen="")), ["chosen", "empty"]),
     (json.dumps(PAIR | dict(prompt=[])), ["prompt", "empty"]), (json.dumps(PAIR | dict(rejected=5)), ["rejected", "no text"]),
@@ -855,7 +855,7 @@ def test_a_nan_stops_with_the_last_checkpoint_intact(tiny, tmp_path, monkeypatch
         batch, texts = original(*arguments)
         return batch | dict(returns=batch["returns"] * (math.nan if len(calls) == 4 else 1)), texts
     monkeypatch.setattr(train, "collect", poisoned)
-    assert_one_line_error(call(train, *tiny, "--out", tmp_path / "o"), "not finite", "step 3", "intact")
+    assert_one_line_error(call(train, *tiny, "--out", tmp_path / "o"), "a reward is not finite", "step 3", "intact")
     monkeypatch.undo()
     assert call(train, "--quiet", "--resume", tmp_path / "o").returncode == 0
     assert len(rows_of(tmp_path / "o" / "metrics.csv")) == 6
