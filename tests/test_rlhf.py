@@ -42,6 +42,7 @@ each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys()
 PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 2, 9, 10], [0, 11, 12, 13]])             # the second one contains the end token
 PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
 ROWS = [[10, 11, 2], [12, 13, 12, 5, 2], [16, 2]]
+turn = lambda role, content: dict(role=role, content=content)
 PAIR = dict(prompt="What is sleep?", chosen="Sleep is a time of rest for body and mind.", rejected="Nobody asked you.")
 
 
@@ -515,8 +516,12 @@ def test_win_rate_at_equal_length():
     *((json.dumps({k: v for k, v in PAIR.items() if k != key}), [key, "missing"]) for key in PAIR), (json.dumps(PAIR | dict(chosen="")), ["chosen", "empty"]),
     (json.dumps(PAIR | dict(prompt=[])), ["prompt", "empty"]), (json.dumps(PAIR | dict(rejected=5)), ["rejected", "no text"]),
     (json.dumps(PAIR | dict(chosen=["a", "b"])), ["chosen", "messages"]),
-    (json.dumps(PAIR | dict(chosen_rating=2, rejected_rating=3)), ["contradicts", "2", "3"]), (json.dumps(PAIR | dict(chosen_rating="good")), ["'good'", "no number"]),
-    (json.dumps(PAIR | dict(rejected_rating=True)), ["no number"]), (json.dumps(PAIR | dict(rejected_rating=math.nan)), ["no number"])])
+    (json.dumps(PAIR | dict(chosen_rating=2, rejected_rating=3)), ["contradicts", "2", "3"]), (json.dumps(PAIR | dict(chosen_rating="good")), ["good", "no number"]),
+    (json.dumps(PAIR | dict(rejected_rating=True)), ["no number"]), (json.dumps(PAIR | dict(rejected_rating=math.nan)), ["no number"]),
+    (json.dumps(PAIR)[:-1] + ', "chosen_rating": 1' + "0" * 400 + "}", ["no number"]), (json.dumps("two\nlines"), ["object"]), ("[" * 100_000, ["no valid JSON"]),
+    (json.dumps(PAIR | dict(prompt=[1, 2])), ["prompt", "messages"]), (json.dumps(PAIR | dict(prompt=[dict(x=1)])), ["prompt", "messages"]),
+    (json.dumps(PAIR | dict(chosen="\ud83d")), ["surrogates"]),          # half an emoji
+    (json.dumps(dict(chosen=[turn("user", "A?"), turn("assistant", "x")], rejected=[turn("user", "B?"), turn("assistant", "y")])), ["different prompts"])])
 def test_a_bad_line_is_named(line, words, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + line + "\n" + json.dumps(PAIR) + "\n")
     assert_one_line_error(call(train, "--dataset", tmp_path / "x.jsonl", "--quiet", "--out", tmp_path / "o"), "x.jsonl", "line 2", *words)
@@ -536,10 +541,6 @@ def test_data_that_cannot_serve(tmp_path):
     refused(tmp_path / "latin.jsonl", "UnicodeDecodeError")
 
 
-def turn(role, content):
-    return dict(role=role, content=content)
-
-
 def test_message_lists_are_accepted():
     said = [turn("user", "Why?"), turn("assistant", "Because."), turn("user", "And?")]
     record = dict(chosen=[turn("user", "Why?"), turn("assistant", "Yes.")], rejected=[turn("user", "Why?"), turn("assistant", "No.")], score=3)
@@ -555,6 +556,16 @@ def test_a_single_file_is_split_by_prompts(tmp_path):
     names = [{pair["prompt"] for pair in part} for part in (kept, held)]
     assert not names[0] & names[1] and len(prompts) == 3 and names[1] == set(prompts) and len(kept) == 21 and len(held) == 9
     assert train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 0)[2] == prompts != train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 1)[2]
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(PAIR | dict(chosen="one\u2028two\u0085three"), ensure_ascii=False) + "\n", encoding="utf8")
+    assert train.read_pairs(tmp_path / "x.jsonl")[0]["chosen"] == "one\u2028two\u0085three"
+
+
+def test_two_prompts_can_always_be_split(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | dict(prompt="What?")))
+    assert [len(part) for part in train.load_data(str(tmp_path / "x.jsonl"), "train", 0.9, 1)] == [1, 1, 1]
 
 
 def test_a_hub_dataset_serves(monkeypatch, tmp_path):
@@ -708,6 +719,11 @@ def test_the_eval_script_judges_a_run(whole, judges, tmp_path):
     assert call(evaluation, "--checkpoint", out, "--level", "2", "--reward-model", judges[2], "--prompt", "What is sleep?").stdout.count("grades 1 … 10") == 2
     process = call(evaluation, "--checkpoint", out, "--reward-model", judges[1], "--reward-model-report", "--figure", tmp_path / "r.png")
     assert process.returncode == 0 and (tmp_path / "r.png").exists() and "| level 1 |" in process.stdout, process.stderr
+
+
+def test_variance_with_few_prompts(whole, monkeypatch):
+    monkeypatch.setattr(evaluation, "ESTIMATORS", {"REINFORCE, b = 0": 1, "RLOO, k = 4": 4})
+    assert call(evaluation, "--checkpoint", whole[0], "--variance", "--repeats", "2").returncode == 0
 
 
 @pytest.mark.parametrize("flags", [["--baseline", "ema"], ["--baseline", "mean"], ["--break", "cold-baseline"], ["--break", "cold-baseline", "--baseline", "mean"]],
@@ -897,6 +913,12 @@ def test_what_the_broken_variants_break(judges, monkeypatch):
     torch.testing.assert_close(drawn[2][2], train.score(model, mismatch, 0.8, 1.2, 8), atol=1e-3, rtol=0)
 
 
+def test_text_round_trip_of_answers_without_text(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "answer_texts", lambda tokenizer, ids, mask: [""] * len(ids))
+    process = call(train, *tiny, "--break", "text-round-trip", "--iterations", "1", "--out", tmp_path / "o")
+    assert process.returncode in (0, 2), process.stderr
+
+
 @pytest.mark.parametrize("broken", [[], ["--break", "upper-triangle"]], ids=["right", "broken"])
 def test_the_upper_triangle_raises_the_rejected_while_the_loss_falls(broken, tmp_path):
     lines = "".join(f"{line}\n" for line in (FOLDER / "data" / "train.jsonl").read_text(encoding="utf8").splitlines()[:8])
@@ -915,9 +937,10 @@ def test_the_upper_triangle_raises_the_rejected_while_the_loss_falls(broken, tmp
 
 def another(f):
     """A valid value that is not the default."""
-    if f.type is float:
-        return next(value for value in (f.default / 2, f.default + 0.5) if value >= f.metadata.get("low", 0) and value != f.default)
-    return "cpu" if "choices" in f.metadata else f.default + 1 if f.type is int else f.name
+    if f.type is str:
+        return "cpu" if "choices" in f.metadata else f.name
+    options = (f.default / 2, f.default + 0.5) if f.type is float else (f.default - 1, f.default + 1)
+    return next(value for value in options if value >= f.metadata.get("low", 0) and value != f.default)
 
 
 def nested(flat):
@@ -1022,6 +1045,10 @@ def test_trainer_refuses_what_cannot_serve(data, judges, tiny, tmp_path):
     assert_one_line_error(call(train, *tiny, "--out", tmp_path / "full" / "x" / "y"), "--out")
 
 
+def test_lengths_beyond_the_models_context_are_refused(tiny, tmp_path):
+    assert_one_line_error(call(train, *tiny, "--max-length", "300", "--out", tmp_path / "o"), "--max-length")
+
+
 def test_the_reward_model_goes_where_it_is_told_and_is_found_there(data, tmp_path):
     for extra in (["--only-reward-model"], ["--skip-reward-training", "--iterations", "1"]):
         process = call(train, *TINY, "--dataset", data, "--rm-output-dir", tmp_path / "rm", *extra, "--quiet", "--out", tmp_path / extra[0])
@@ -1041,6 +1068,12 @@ def test_eval_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path), *words)
 
 
+@pytest.mark.parametrize("text", ["reinforce:\n  temperature: 0", "seed: 2024-13-45"])
+def test_eval_refuses_bad_config_files(text, whole, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    assert_one_line_error(call(evaluation, "--checkpoint", whole[0], "--config", tmp_path / "c.yaml", "--samples", "1"))
+
+
 # ---- what is shipped ------------------------------------------------------------------------------------------------
 
 def test_shipped_policy_beats_the_sft_model_and_the_reward_models_are_good(tmp_path):
@@ -1052,50 +1085,3 @@ def test_shipped_policy_beats_the_sft_model_and_the_reward_models_are_good(tmp_p
     assert result["win_rate"] > 0.75 and result["trained"]["gold"] > result["sft"]["gold"] + 1 and result["reward_model_accuracy"] >= 0.78
     pairs = train.load_data("", "train", 0.1, 1)[1]
     assert train.judge_pairs(train.load_reward_model(str(FOLDER / "weights" / "reward_model_level2"), 2), pairs, 128, WORLD)["accuracy"] >= 0.78
-
-
-# ---- found in review -----------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("line", [
-    json.dumps(PAIR | dict(prompt=[1, 2])),
-    json.dumps(PAIR | dict(prompt=[dict(x=1)])),
-    json.dumps(PAIR)[:-1] + ', "chosen_rating": 1' + "0" * 400 + "}",
-    json.dumps("two\nlines"),
-    "[" * 100_000,
-    json.dumps(PAIR | dict(chosen="\ud83d")),
-    json.dumps(dict(chosen=[turn("user", "A?"), turn("assistant", "x")], rejected=[turn("user", "B?"), turn("assistant", "y")]))])
-def test_more_bad_lines_are_named(line, data, judges, tmp_path):
-    (tmp_path / "x.jsonl").write_text("".join(text + "\n" for text in (json.dumps(PAIR), line, json.dumps(PAIR | dict(prompt="What?")))))
-    process = call(train, "--dataset", tmp_path / "x.jsonl", "--only-reward-model", "--rm-epochs", "1", "--rm-batch-size", "2", "--device", "cpu", "--quiet", "--out", tmp_path / "o")
-    assert_one_line_error(process, "x.jsonl", "line 2")
-
-
-def test_only_line_feeds_end_a_line(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps(PAIR | dict(chosen="one\u2028two\u0085three"), ensure_ascii=False) + "\n", encoding="utf8")
-    assert train.read_pairs(tmp_path / "x.jsonl")[0]["chosen"] == "one\u2028two\u0085three"
-
-
-def test_lengths_beyond_the_models_context_are_refused(tiny, tmp_path):
-    assert_one_line_error(call(train, *tiny, "--max-length", "300", "--out", tmp_path / "o"), "--max-length")
-
-
-def test_two_prompts_can_always_be_split(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | dict(prompt="What?")))
-    assert [len(part) for part in train.load_data(str(tmp_path / "x.jsonl"), "train", 0.9, 1)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("text", ["reinforce:\n  temperature: 0",
-                                  "seed: 2024-13-45"])
-def test_eval_refuses_bad_config_files(text, whole, tmp_path):
-    (tmp_path / "c.yaml").write_text(text)
-    assert_one_line_error(call(evaluation, "--checkpoint", whole[0], "--config", tmp_path / "c.yaml", "--samples", "1"))
-
-
-def test_variance_with_few_prompts(whole):
-    assert call(evaluation, "--checkpoint", whole[0], "--variance", "--repeats", "2").returncode == 0
-
-
-def test_text_round_trip_of_answers_without_text(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "answer_texts", lambda tokenizer, ids, mask: [""] * len(ids))
-    process = call(train, *tiny, "--break", "text-round-trip", "--iterations", "1", "--out", tmp_path / "o")
-    assert process.returncode in (0, 2), process.stderr
