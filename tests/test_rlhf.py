@@ -263,7 +263,8 @@ def test_the_price_is_beta_times_the_whole_answers_kl_at_the_settings_of_drawing
     monkeypatch.setattr(train, "reward_logits", lambda model, its, prompts, answers, longest: torch.arange(float(len(answers)))[:, None])
     settings = config(kl_coef=0.3, temperature=0.7, repetition_penalty=1.3, max_new_tokens=9)
     batch, texts = train.collect(settings, policy.eval(), reference.eval(), tokenizer, (None, None), ["Why?", "What is it?"], torch.Generator().manual_seed(0))
-    wanted = [train.completion_logprobs(model, *(batch[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), 0.7, 1.3) for model in (policy, reference)]
+    tokens = [batch[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
+    wanted = [train.completion_logprobs(model, *tokens, 0.7, 1.3) for model in (policy, reference)]
     torch.testing.assert_close(batch["logprobs"], wanted[0].detach(), atol=1e-4, rtol=0)
     torch.testing.assert_close(batch["kl"], (wanted[0] - wanted[1]).sum(dim=1).detach(), atol=1e-4, rtol=0)
     torch.testing.assert_close(batch["returns"], torch.arange(8.0) - 0.3 * batch["kl"])
@@ -916,7 +917,7 @@ def test_what_the_broken_variants_break(judges, monkeypatch):
 def test_text_round_trip_of_answers_without_text(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "answer_texts", lambda tokenizer, ids, mask: [""] * len(ids))
     process = call(train, *tiny, "--break", "text-round-trip", "--iterations", "1", "--out", tmp_path / "o")
-    assert process.returncode in (0, 2), process.stderr
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("broken", [[], ["--break", "upper-triangle"]], ids=["right", "broken"])
@@ -983,7 +984,8 @@ def test_flags_come_before_the_file_and_the_file_before_the_defaults(tmp_path, m
 
 def test_the_stored_command_makes_the_same_configuration(monkeypatch, tmp_path):
     changed = {f.name: another(f) for f in train.fields(train.Config) if f.type is not str and f.name not in ("level", "k")}
-    for some in (changed, dict(k=4), dict(estimator="rloo", k=2), dict(level=2, broken="upper-triangle"), dict(sft_model=str(tmp_path / "a model"), dataset=str(tmp_path), split="x y")):
+    for some in (changed, dict(k=4), dict(estimator="rloo", k=2), dict(level=2, broken="upper-triangle"),
+                 dict(sft_model=str(tmp_path / "a model"), dataset=str(tmp_path), split="x y")):
         wanted = train.replace(train.Config(**(dict(k=4 if "rloo" in some.values() else 1) | some)))
         words = shlex.split(train.command_of(wanted))
         assert words[:2] == ["python", "train_reinforce_rlhf.py"] and parsed(monkeypatch, *words[2:]) == wanted
