@@ -795,6 +795,8 @@ mine = slice(4 * accelerator.process_index, 4 * accelerator.process_index + 4)
 loss, norm = t.train.update(t.config(micro_batch=3, gamma=0.9), accelerator, policy, optimizer, {{key: value[mine] for key, value in batch.items()}}, advantages[mine])
 if accelerator.is_main_process:
     torch.save((t.flat_gradient(model), loss, norm), sys.argv[1])
+accelerator.wait_for_everyone()
+accelerator.end_training()                                        # else the interpreter may abort on its way out
 """
 
 
