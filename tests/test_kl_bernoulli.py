@@ -1,0 +1,654 @@
+"""Bernoulli-KL on GSM8K: losses and gradients against float64 and TRL; the verifier on all official answers; processes, resume, bad input."""
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import REPO, assert_one_line_error, call, load, run
+
+FOLDER = REPO / "kl_bernoulli_gsm8k"
+TRAIN, EVAL = FOLDER / "train_kl_bernoulli.py", FOLDER / "kl_bernoulli_eval.py"
+train, evaluation, base_model = load("kl_bernoulli_gsm8k/train_kl_bernoulli.py"), load("kl_bernoulli_gsm8k/kl_bernoulli_eval.py"), load("kl_bernoulli_gsm8k/make_base_model.py")
+torch.set_num_threads(1)
+WORLD = json.loads((FOLDER / "world.json").read_text(encoding="utf8"))
+OFFICIAL = REPO.parent / "shared" / "data" / "gsm8k"
+SIZES = dict(vocab_size=40, pad_token_id=0, eos_token_id=2, bos_token_id=None)
+VARIANTS = [dict(method="kl_batch"), dict(method="kl_correct"), dict(method="kl_correct", detach_max=True), dict(method="kl_correct", entropy_coef=-0.1), dict(method="fixed_half"),
+            dict(method="fixed_half", half_tokens="all"), dict(method="fixed_half", entropy_coef=-0.1), dict(method="dr_grpo", k=4), dict(method="dr_grpo", k=4, entropy_coef=0.05)]
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(map(str, v.values())))
+
+
+def random_models():
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    decoder = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **SIZES)
+    return {"qwen2": Qwen2ForCausalLM(Qwen2Config(**decoder)).eval(), "llama": LlamaForCausalLM(LlamaConfig(**decoder)).eval(),
+            "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, **SIZES)).eval()}
+
+
+MODELS = random_models()
+each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+
+
+def a_batch(seed=0, B=8, T=4, L=6):
+    """A batch as collect() makes one, with unequal lengths; half of the answers are right."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, L + 1, (B,), generator=g)
+    lengths[0] = L
+    mask = (torch.arange(L) < lengths[:, None]).float()
+    prompt_mask = (torch.arange(T) >= torch.randint(0, T, (B,), generator=g)[:, None]).long()
+    prompt_mask[0] = 1
+    return dict(prompt_ids=torch.randint(3, 40, (B, T), generator=g), prompt_mask=prompt_mask, completion_ids=torch.randint(3, 40, (B, L), generator=g), completion_mask=mask,
+                logprobs=torch.zeros(B, L), rewards=torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0] * (B // 8)))
+
+
+def config(**changes):
+    return train.Config(**(dict(grad_clip=1e9, max_new_tokens=6, k=1, micro_batch=8) | changes))
+
+
+def gradient_of(model, settings, batch):
+    """(gradient of all weights, what update() reports), without moving the weights."""
+    model.zero_grad()
+    terms = train.update(settings, Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.0), batch)
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in model.parameters()]), terms
+
+
+def terms64(logits, ids):
+    """log p, log(1 − p), log P, log(1 − P), entropy: literally, from probabilities in float64."""
+    p = logits.double().softmax(-1)
+    rest = lambda k: torch.stack([torch.cat([row[:j], row[j + 1:]]).sum() for row, j in zip(p, k.tolist())])
+    pick, top = p.gather(-1, ids[:, None])[:, 0], p.argmax(-1)
+    return pick.log(), rest(ids).log(), p.max(-1).values.log(), rest(top).log(), -(p * p.log()).sum(-1)
+
+
+def loss64(model, settings, batch):
+    """The loss by a loop over answers and tokens, in float64, by the formulas of the thesis and of Dr. GRPO."""
+    total, rewards = 0.0, batch["rewards"].double()
+    correct = rewards.sum()
+    for i, reward in enumerate(rewards):
+        n = int(batch["completion_mask"][i].sum())
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i] == 1]
+        ids = torch.cat([prompt, batch["completion_ids"][i, :n]])
+        logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1:-1] / settings.temperature
+        logp, log1mp, logP, log1mP, entropy = terms64(logits, batch["completion_ids"][i, :n])
+        if settings.method == "dr_grpo":
+            group = rewards[i // settings.k * settings.k:][:settings.k]
+            total = total - ((reward - group.mean()) * logp).sum() / (len(rewards) * settings.max_new_tokens) - settings.entropy_coef * entropy.mean() / len(rewards)
+            continue
+        if settings.detach_max:
+            logP, log1mP = logP.detach(), log1mP.detach()
+        if settings.method == "fixed_half":
+            each = 0.5 * (0.5 / logp.exp()).log() + 0.5 * (0.5 / log1mp.exp()).log()
+            each = each[logp.exp() > 0.5].sum() / n if settings.half_tokens == "confident" else each.mean()
+        else:
+            each = (logP.exp() * (logP.exp() / logp.exp()).log() + log1mP.exp() * (log1mP.exp() / log1mp.exp()).log()).mean()
+        if reward:
+            total = total + (each - settings.entropy_coef * entropy.mean()) / (len(rewards) if settings.method == "kl_batch" else correct)
+    return total
+
+
+# ---- the losses -----------------------------------------------------------------------------------------------------
+
+def test_token_terms_equal_a_transcription_in_float64():
+    logits, ids = 4 * torch.randn(200, 30, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 30
+    for got, wanted in zip(train.token_terms(logits, ids), terms64(logits, ids)):
+        torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@each_variant
+@each_model
+def test_loss_and_gradient_equal_a_transcription(model, variant):
+    settings, batch = config(temperature=0.8, **variant), a_batch()
+    gradient, terms = gradient_of(model, settings, batch)
+    model.zero_grad()
+    loss = loss64(model, settings, batch)
+    loss.backward()
+    wanted = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in model.parameters()])
+    assert terms["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert (gradient - wanted).norm() < 1e-4 * wanted.norm() + 1e-6
+    assert terms["correct"] == 4
+
+
+def test_batch_and_correct_normalisation_differ_by_the_number_of_answers():
+    """§3.1 and §3.2: the same direction, N / correct apart. AdamW divides by the size of gradients, so what is left is a matter of how steps of different size mix."""
+    batch = a_batch()
+    batch["rewards"] = torch.tensor([1.0, 0, 0, 0, 0, 0, 1, 0])
+    (by_batch, one), (by_correct, two) = (gradient_of(MODELS["gpt2"], config(method=method), batch) for method in ("kl_batch", "kl_correct"))
+    torch.testing.assert_close(by_correct, by_batch * 8 / 2, rtol=1e-5, atol=1e-7)
+    assert two["loss"] == pytest.approx(one["loss"] * 4)
+
+
+def toy(*logits):
+    return torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+
+
+def test_kl_loss_and_its_gradient_vanish_where_the_drawn_token_is_the_likeliest():
+    for detach in (False, True):
+        logits = toy(0.3, 2.0, -1.0)
+        loss = train.kl_loss(*train.token_terms(logits, torch.tensor([1]))[:4], detach).sum()
+        loss.backward()
+        assert loss.item() == pytest.approx(0, abs=1e-12) and logits.grad.abs().max() < 1e-12
+        loss = train.kl_loss(*train.token_terms(logits, torch.tensor([0]))[:4], detach).sum()
+        assert loss.item() > 0.1
+        gradient, = torch.autograd.grad(loss, logits)
+        assert gradient[0, 0] < 0 < gradient[0, 1]                # the drawn token is pulled up, the likeliest one down
+
+
+@pytest.mark.parametrize("detach, wanted", [(False, 0.400), (True, 0.420)])
+def test_kl_loss_ends_where_both_tokens_are_alike(detach, wanted):
+    """The end is p = P: the drawn token never wins. Where on that line depends on detaching."""
+    logits = toy(0.0, 1.5, -0.5, -1.0)
+    optimizer = torch.optim.SGD([logits], lr=0.05)
+    for _ in range(6000):
+        optimizer.zero_grad()
+        train.kl_loss(*train.token_terms(logits, torch.tensor([0]))[:4], detach).sum().backward()
+        optimizer.step()
+    p = logits.detach().softmax(-1)[0]
+    assert p[0].item() == pytest.approx(p[1].item(), abs=2e-3) and p[0].item() == pytest.approx(wanted, abs=2e-3)
+
+
+def test_half_loss_has_its_minimum_at_one_half_and_the_gradient_p_minus_one_half():
+    for value in (-3.0, -0.4, 0.0, 0.4, 3.0):
+        for tokens in ("all", "confident"):
+            logits = toy(value, 0.0)
+            logp, log1mp, *_ = train.token_terms(logits, torch.tensor([0]))
+            loss = train.half_loss(logp, log1mp, tokens).sum()
+            gradient, = torch.autograd.grad(loss, logits)
+            p = 1 / (1 + math.exp(-value))
+            used = tokens == "all" or p > 0.5
+            assert gradient[0, 0].item() == pytest.approx((p - 0.5) * used) and loss.item() == pytest.approx((0.5 * math.log(0.25 / (p * (1 - p)))) * used)
+            assert loss.item() >= 0 and (not used or (loss.item() < 1e-12) == (value == 0))
+
+
+def test_half_loss_at_many_tokens_moves_the_drawn_tokens_logit_by_p_minus_one_half():
+    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    ids = torch.arange(50) % 7
+    logp, log1mp, *_ = train.token_terms(logits, ids)
+    gradient, = torch.autograd.grad(train.half_loss(logp, log1mp, "all").sum(), logits)
+    torch.testing.assert_close(gradient.gather(1, ids[:, None])[:, 0], logp.detach().exp() - 0.5)
+
+
+@pytest.mark.parametrize("gap", [1, 17, 30, 60, 100])
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_losses_stay_finite_and_exact_at_any_gap(gap, drawn):
+    """One logit far ahead, the token drawn is that one or another one; fp32. log1p(−exp(log p)) is lost from 17 on."""
+    logits, ids = torch.tensor([[float(gap), 0.0, 0.0]], requires_grad=True), torch.tensor([drawn])
+    terms = train.token_terms(logits, ids)
+    with torch.no_grad():
+        exact = torch.tensor(2.0, dtype=torch.float64).log() - torch.tensor([gap, 0.0, 0.0], dtype=torch.float64).logsumexp(0)
+        assert terms[3].item() == pytest.approx(exact.item(), rel=1e-6)
+    for loss in (train.kl_loss(*terms[:4], False), train.kl_loss(*terms[:4], True), train.half_loss(*terms[:2], "all"), terms[4]):
+        gradient, = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
+    if drawn == 0:
+        gradient, = torch.autograd.grad(train.half_loss(*terms[:2], "all").sum(), logits, retain_graph=True)
+        assert gradient[0, 0].item() == pytest.approx(1 / (1 + 2 * math.exp(-gap)) - 0.5, abs=1e-6)
+    _, naive, *_ = train.token_terms(logits, ids, naive=True)
+    assert torch.isfinite(naive).all() == (drawn == 1 or gap < 17)
+
+
+def test_a_token_that_has_everything_stops_the_naive_form_only():
+    import copy
+    model, batch = copy.deepcopy(MODELS["qwen2"]), a_batch()
+    model.get_output_embeddings().weight.data *= 1000
+    with torch.no_grad():                                         # the first answer is right, and its prompt has no padding
+        batch["completion_ids"][0, 0] = model(input_ids=batch["prompt_ids"][:1]).logits[0, -1].argmax()
+    settings = config(method="fixed_half", half_tokens="all")
+    assert torch.isfinite(gradient_of(model, settings, batch)[0]).all()
+    with pytest.raises(FloatingPointError):
+        gradient_of(model, replace(settings, broken="naive-log1mp"), batch)
+
+
+def test_centred_rewards():
+    got = train.centred_rewards(torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]), 4)
+    assert got.tolist() == [0.75, -0.25, -0.25, -0.25] + [0.0] * 8
+
+
+@each_variant
+def test_parts_chunks_and_order_do_not_change_the_gradient(variant):
+    model, batch = MODELS["llama"], a_batch()
+    whole, terms = gradient_of(model, config(**variant), batch)
+    for changes in (dict(micro_batch=1), dict(micro_batch=3), dict(token_chunk=1), dict(token_chunk=5, micro_batch=2)):
+        parts, again = gradient_of(model, config(**variant | changes), batch)
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+        assert again["loss"] == pytest.approx(terms["loss"], abs=1e-6)
+    wide = {key: torch.nn.functional.pad(value, (0, 5)) if value.dim() == 2 and not key.startswith("prompt") else value for key, value in batch.items()}
+    torch.testing.assert_close(gradient_of(model, config(**variant), wide)[0], whole, atol=1e-6, rtol=1e-4)
+    shuffled = {key: value[torch.tensor([5, 4, 7, 6, 1, 0, 3, 2])] for key, value in batch.items()}                      # groups of four stay together
+    torch.testing.assert_close(gradient_of(model, config(**variant), shuffled)[0], whole, atol=1e-6, rtol=1e-4)
+
+
+@each_model
+def test_gradient_checkpointing_changes_nothing(model):
+    import copy
+    batch = a_batch()
+    whole, _ = gradient_of(model, config(method="kl_correct"), batch)
+    other = copy.deepcopy(model)
+    other.activation_checkpointing_enable()
+    torch.testing.assert_close(gradient_of(other, config(method="kl_correct", gradient_checkpointing=True), batch)[0], whole, atol=1e-6, rtol=1e-4)
+    assert not any(module.training for module in other.modules())
+
+
+def test_wrong_answers_do_not_enter_and_without_right_ones_nothing_moves():
+    model, batch = MODELS["gpt2"], a_batch()
+    whole, terms = gradient_of(model, config(method="kl_correct"), batch)
+    assert terms["trained"] == 4
+    other = dict(batch, completion_ids=torch.where(batch["rewards"][:, None] > 0, batch["completion_ids"], 7))
+    torch.testing.assert_close(gradient_of(model, config(method="kl_correct"), other)[0], whole)
+    assert (gradient_of(model, config(method="kl_correct", broken="train-on-wrong"), other)[0] - whole).norm() > 0.01
+    batch["rewards"] = torch.zeros(8)
+    for variant in VARIANTS[:-1]:                                 # the last one has an entropy term, which needs no reward
+        before = [p.clone() for p in model.parameters()]
+        terms = train.update(config(**variant), Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=1.0), batch)
+        assert terms["trained"] == 0 and all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_policy_gradient_of_a_toy_by_enumeration():
+    """One problem, three answers of one token, groups of two: the expected gradient of Eq. 5 is (k − 1)/k of the exact one."""
+    logits, value = torch.randn(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    logp = logits.log_softmax(0)
+    exact, = torch.autograd.grad((logp.exp() * value).sum(), logits, retain_graph=True)
+    total = torch.zeros(3, dtype=torch.float64)
+    for pair in itertools.product(range(3), repeat=2):
+        pair = list(pair)
+        weights = train.sequence_weights(config(method="dr_grpo", k=2, max_new_tokens=1), value[pair], torch.ones(2, 1, dtype=torch.float64), 2, 1)
+        loss = (weights[:, 0] * train.token_losses(config(method="dr_grpo"), (logp[pair], None, None, None, None))).sum()
+        total -= torch.autograd.grad(loss, logits, retain_graph=True)[0] * logp[pair].sum().exp().detach()
+    torch.testing.assert_close(total, exact / 2)
+
+
+def test_dr_grpo_equals_trl(tmp_path):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", "<end>", *(f"w{i}" for i in range(37))])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    MODELS["qwen2"].save_pretrained(tmp_path / "m")
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<end>").save_pretrained(tmp_path / "m")
+    trainer = GRPOTrainer(model=Qwen2ForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32), reward_funcs=lambda completions, **_: [0.0] * len(completions),
+                          train_dataset=Dataset.from_dict(dict(prompt=["w1 w2 w3"] * 8)),
+                          args=GRPOConfig(output_dir=str(tmp_path / "o"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", per_device_train_batch_size=8, num_generations=4,
+                                          max_completion_length=6, temperature=1.0, disable_dropout=True, save_strategy="no", loss_type="dr_grpo", scale_rewards="none", beta=0.0))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = a_batch(3)
+    advantages = batch["rewards"] - batch["rewards"].view(-1, 4).mean(dim=1).repeat_interleave(4)
+    loss = trainer._compute_loss(trainer.model, dict(prompt_ids=batch["prompt_ids"], prompt_mask=batch["prompt_mask"], completion_ids=batch["completion_ids"],
+                                                     completion_mask=batch["completion_mask"].long(), advantages=advantages, num_items_in_batch=batch["completion_mask"].sum()))
+    trainer.model.zero_grad()
+    loss.backward()
+    theirs = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    ours, _ = gradient_of(MODELS["qwen2"], config(method="dr_grpo", k=4, micro_batch=3), batch)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5          # the values differ: TRL's ratio is 1, ours is log π
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 2, 9, 10], [0, 11, 12, 13]])
+PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+
+
+@each_model
+def test_drawn_logprobs_equal_a_second_pass_and_masks_end_at_the_first_end(model):
+    ends = [2, 3, 4, 5, 6]
+    ids, mask, logprobs = train.generate(model, PROMPTS, PROMPT_MASK, 10, 12, 0.8, ends, torch.Generator().manual_seed(0))
+    for i, (row, m) in enumerate(zip(ids, mask)):
+        n, prompt = int(m.sum()), PROMPTS[i // 10][PROMPT_MASK[i // 10] == 1]
+        assert (m[:n] == 1).all() and (m[n:] == 0).all() and not any(t in ends for t in row[:n - 1].tolist()) and (row[n - 1].item() in ends or n == 12)
+        logits = model(input_ids=torch.cat([prompt, row[:n]])[None]).logits[0, len(prompt) - 1:-1] / 0.8
+        torch.testing.assert_close(logprobs[i, :n], logits.log_softmax(-1).gather(1, row[:n, None])[:, 0], atol=1e-4, rtol=0)
+
+
+@each_model
+def test_temperature_zero_takes_the_most_likely_token(model):
+    ids, mask, _ = train.generate(model, PROMPTS, PROMPT_MASK, 1, 8, 0.0, [2])
+    for i, row in enumerate(ids):
+        sequence = PROMPTS[i][PROMPT_MASK[i] == 1]
+        for token in row[:int(mask[i].sum())]:
+            assert token == model(input_ids=sequence[None]).logits[0, -1].argmax()
+            sequence = torch.cat([sequence, token[None]])
+
+
+def test_samples_follow_the_models_own_distribution_whatever_its_generation_settings_say():
+    model = MODELS["gpt2"]
+    model.generation_config.top_k, model.generation_config.temperature, model.generation_config.do_sample = 3, 0.1, True
+    ids, _, _ = train.generate(model, PROMPTS[2:], PROMPT_MASK[2:], 3000, 1, 1.3, [2], torch.Generator().manual_seed(0))
+    wanted = 3000 * (model(input_ids=PROMPTS[2:, 1:]).logits[0, -1] / 1.3).softmax(-1).detach()
+    assert ((torch.bincount(ids[:, 0], minlength=40) - wanted).square() / wanted).sum().item() < 39 + 5 * math.sqrt(2 * 39)
+
+
+# ---- the verifier ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, number", [("1,080", 1080), ("1080", 1080), ("$5.00", 5), (" 5 ", 5), ("5.", 5), ("-3", -3), ("-$3.50", Fraction(-7, 2)), ("$-3", -3), (".5", Fraction(1, 2)), ("015", 15),
+                                          ("12,345,678.90", Fraction(1234567890, 100)), ("", None), ("five", None), ("5 apples", None), ("1,08", None), ("--3", None), ("-$-3", None), ("5 6", None),
+                                          ("1e3", None), ("²", None), ("٣", None), ("5,", None), (".", None), ("9" * 5000, None), ("$", None), ("0.1.2", None)])
+def test_numbers(text, number):
+    assert train.number_of(text) == number
+
+
+@pytest.mark.parametrize("answer, thinks, reward", [
+    ("7+8=15.</think>\n#### 15", True, 1), ("7+8=15.</think>\n#### 5", True, 0), ("</think>#### 15.00", True, 1), ("</think>#### $15", True, 1), ("</think>15", True, 0),
+    ("#### 15", True, 0), ("#### 15", False, 1), ("#### 15</think>", True, 0), ("#### 3</think>#### 4 #### 15", True, 1), ("</think>#### 15 #### 4", True, 0),
+    ("</think>#### 3</think>#### 15", True, 1), ("</think>#### 15 apples", True, 0), ("", True, 0), ("</think>####", True, 0)])
+def test_rewards_by_hand(answer, thinks, reward):
+    assert train.reward_of(answer, Fraction(15), thinks) == reward
+
+
+def test_the_substring_reward_is_as_wrong_as_they_say():
+    assert train.reward_of("</think>#### 15", Fraction(5), True, substring=True) == 1.0 and train.reward_of("</think>#### 15", Fraction(5), True) == 0.0
+
+
+@given(st.fractions(max_denominator=1).filter(lambda x: abs(x) < 10**12), st.integers(0, 6), st.booleans(), st.booleans(), st.text(max_size=20), st.sampled_from(["", " ", "\n", "\t"]))
+def test_every_way_to_write_a_number_counts_and_every_other_number_does_not(value, places, comma, dollar, thought, space):
+    text = f"{'-' if value < 0 else ''}{'$' if dollar else ''}{format(abs(int(value)), ',' if comma else '')}" + ("." + "0" * places if places else "")
+    answer = f"{thought.replace('</think>', '')}</think>\n####{space}{text}{space}"
+    assert train.reward_of(answer, value, True) == 1.0
+    for other in (value + 1, -value - 1, value * 10 + 5, value + Fraction(1, 10**6)):
+        assert train.reward_of(answer, other, True) == 0.0
+
+
+@given(st.text(max_size=60))
+def test_no_text_makes_the_verifier_stumble(text):
+    assert train.reward_of(text, Fraction(5), True) in (0.0, 1.0) and train.reward_of("</think>####" + text, Fraction(5), True) in (0.0, 1.0)
+    if "5" not in text:
+        assert train.reward_of("</think>####" + text, Fraction(5), True) == 0.0
+
+
+@pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official GSM8K files are not in ../shared/data/gsm8k")
+def test_all_official_answers_parse(tmp_path):
+    problems, tests = train.load_problems(train.Config(data="gsm8k", data_dir=str(OFFICIAL)))
+    assert (len(problems), len(tests)) == (7473, 1319)
+    fooled = 0
+    for name, part in (("train", problems), ("test", tests)):
+        for line, (question, result, steps) in zip((OFFICIAL / f"{name}.jsonl").read_text(encoding="utf8").split("\n"), part):
+            answer = json.loads(line)["answer"]
+            assert float(result) == float(answer.split("####")[1].replace(",", "").replace("$", "")) and train.reward_of(answer, result, thinks=False) == 1.0
+            assert train.reward_of(answer, result + 1, thinks=False) == 0.0 and train.reward_of(answer, result, thinks=True) == 0.0
+            fooled += train.reward_of(f"</think>#### 1{answer.split('####')[1].strip().replace(',', '')}", result, True, substring=True)
+    assert fooled > 8000                                          # a 1 in front: nearly every one of these wrong answers passes as a substring
+    process = call(train, "--data", "gsm8k", "--data-dir", OFFICIAL, "--steps", "1", "--out", tmp_path / "o")
+    assert_one_line_error(process, "context")                     # the small model cannot read them all, and says so
+
+
+def test_the_download_is_checked(tmp_path, monkeypatch):
+    import io
+    monkeypatch.setattr(train.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"something else"))
+    process = call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d", "--out", tmp_path / "o")
+    assert_one_line_error(process, "SHA-256")
+    assert not (tmp_path / "d").exists() and not list((tmp_path / "o").iterdir())
+    monkeypatch.setitem(train.GSM8K, "train.jsonl", "f41f3fa625ff120ddca7ef456bf66371ecea23c129f4e4c32367101edb516cf8")      # the first file is accepted, the second is not
+    assert_one_line_error(call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d", "--out", tmp_path / "o"), "SHA-256", "test.jsonl")
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["train.jsonl"]
+    monkeypatch.setattr(train.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
+    assert_one_line_error(call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d", "--out", tmp_path / "o"), "--data-dir")
+
+
+# ---- the problems ---------------------------------------------------------------------------------------------------
+
+def test_the_generator_computes_rightly_and_keeps_its_promises():
+    assert len(WORLD["situations"]) >= 40 and len({s["item"] for s in WORLD["situations"]}) == len(WORLD["situations"]) and len(WORLD["held_out"]) >= 5
+    rng = np.random.default_rng(0)
+    extras, carries, steps = 0, 0, set()
+    for _ in range(400):
+        problem = base_model.make_problem(WORLD, WORLD["situations"], rng)
+        value, numbers = None, [int(n) for n in re.findall(r"\d+", problem["question"])]
+        for calculation in problem["working"].splitlines():
+            a, sign, b, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", calculation).groups()
+            assert value in (None, int(a)) and int(a) in numbers + [value] and int(b) in numbers
+            value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": Fraction(int(a), int(b))}[sign]
+            assert value == int(result) and 2 <= value <= 99
+            carries += sign == "+" and int(a) % 10 + int(b) % 10 > 9
+        assert value == problem["result"] and problem["working"].count("=") == problem["steps"]
+        steps.add(problem["steps"])
+        extras += len(numbers) == problem["steps"] + 2
+    assert steps == {2, 3, 4, 5} and 150 < extras < 250 and carries > 50
+
+
+def test_shipped_problems_are_new_ones():
+    sets = {name: train.read_problems(FOLDER / "data" / f"{name}.jsonl") for name in ("train", "test", "held_out", "large")}
+    assert [len(s) for s in sets.values()] == [4000, 500, 500, 500]
+    questions = [question for s in sets.values() for question, _, _ in s]
+    assert len(set(questions)) == len(questions)
+    held = {s["ask"].split("{n}")[0] for s in WORLD["situations"] if s["item"] in WORLD["held_out"]}
+    assert all(any(part in question for part in held) for question, _, _ in sets["held_out"])
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+TINY = ["--steps", "6", "--sequences", "16", "--test-every", "2", "--test-problems", "6", "--device", "cpu", "--quiet"]
+KEYS = {"greedy_accuracy", "sampled_accuracy", "pass_at_8", "entropy", "length", "problems"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few of the shipped problems, so that the final evaluation is short."""
+    directory = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 300), ("test", 12)):
+        (directory / f"{name}.jsonl").write_text("\n".join((FOLDER / "data" / f"{name}.jsonl").read_text().split("\n")[:count]) + "\n")
+    return directory
+
+
+def test_a_run_leaves_what_the_readme_promises(tmp_path, data):
+    before = (FOLDER / "weights" / "base" / "model.safetensors").read_bytes()
+    process = run(TRAIN, *TINY[:-1], "--data", data, "--out", tmp_path / "o")
+    assert process.returncode == 0, process.stderr
+    for words in ("right", "drawing", "    -> ", "before", "at best", "peak memory", "policy, metrics and curve"):
+        assert words in process.stdout, words
+    rows, tests = (list(csv.DictReader((tmp_path / "o" / f"{name}.csv").open())) for name in ("metrics", "tests"))
+    assert len(rows) == 6 and [row["step"] for row in tests] == ["0", "2", "4", "6"]
+    assert set(json.loads((tmp_path / "o" / "eval.json").read_text())) == KEYS
+    assert (tmp_path / "o" / "best" / "model.safetensors").exists() and (tmp_path / "o" / "curve.png").exists()
+    process = run(EVAL, "--weights", tmp_path / "o", "--samples", "8", "--show", "1", "--json", tmp_path / "e.json")
+    assert process.returncode == 0 and "greedy by steps" in process.stdout, process.stderr
+    assert json.loads((tmp_path / "e.json").read_text()) == json.loads((tmp_path / "o" / "eval.json").read_text())
+    process = call(evaluation, "--compare", tmp_path / "o", tmp_path / "o", "--figure", tmp_path / "c.png")
+    assert process.returncode == 0 and (tmp_path / "c.png").exists()
+    assert (FOLDER / "weights" / "base" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_runs(preset, tmp_path, data):
+    process = call(train, *TINY, "--preset", preset, "--steps", "1", "--test-problems", "1", "--data", data, "--out", tmp_path / "o")
+    assert process.returncode == 0, process.stderr
+    stored = json.loads((tmp_path / "o" / "config.json").read_text())
+    assert all(stored[name] == value for name, value in train.PRESETS[preset].items()) and stored["k"] == (4 if preset == "gsm8k_reinforce" else 1)
+
+
+def test_full_size_settings_are_those_of_the_write_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert_one_line_error(call(train, "--full-size", "--preset", "gsm8k_0_1", "--quiet", "--out", tmp_path / "o"), "Qwen/Qwen3-4B-Thinking-2507", "hub")
+    full = train.Config(**train.FULL_SIZE)
+    assert full.steps * 512 // 7473 in (143, 144) and (full.sequences, full.lr, full.weight_decay, full.grad_clip, full.temperature, full.max_new_tokens, full.test_every) == (512, 1e-6, 0.01, 1.0, 1.0, 8192, 5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_resume_equals_the_uninterrupted_run(how, tmp_path, data):
+    flags = [*TINY, "--data", str(data), "--method", "kl_correct"]
+    assert run(TRAIN, *flags, "--out", tmp_path / "whole").returncode == 0
+    process = subprocess.Popen([sys.executable, str(TRAIN), *flags, "--out", str(tmp_path / "stopped")], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "stopped" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(how)
+    error = process.communicate()[1]
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
+    assert run(TRAIN, "--quiet", "--resume", tmp_path / "stopped").returncode == 0
+    for name in ("metrics.csv", "tests.csv", "eval.json", "config.json", "curve.png", "policy/model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+    assert_one_line_error(call(train, "--resume", tmp_path / "stopped", "--lr", "0.3"), "lr", "0.3")
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {folder!r}); sys.path.insert(0, {tests!r})
+import test_kl_bernoulli as t, train_kl_bernoulli as train
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+model = t.MODELS["gpt2"]
+policy, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+batch = t.a_batch(5)
+batch["rewards"] = torch.tensor([0.0, 0, 0, 0, 1, 1, 0, 1])       # the first process has no correct answer at all
+half = {{key: value[4 * accelerator.process_index:][:4] for key, value in batch.items()}} if accelerator.num_processes == 2 else batch
+for number, variant in enumerate([*t.VARIANTS, dict(method="kl_correct", broken="per-rank-mean")]):
+    model.zero_grad()
+    terms = train.update(t.config(micro_batch=2, **variant), accelerator, policy, optimizer, half)
+    if accelerator.is_main_process:
+        torch.save((torch.cat([p.grad.flatten() for p in model.parameters()]), terms), sys.argv[1] + str(number))
+half["rewards"] = torch.zeros(len(half["rewards"]))               # and now nobody has one: no update, no hang
+terms = train.update(t.config(method="kl_batch"), accelerator, policy, optimizer, half)
+assert terms["trained"] == 0
+accelerator.wait_for_everyone()
+accelerator.end_training()                                        # else the interpreter may abort on its way out
+"""
+
+
+def launch(n, *command):
+    process = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n), *map(str, command)], capture_output=True, text=True, timeout=300,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    """Unequal lengths, one process without a correct answer: divided by the global number, and nobody waits for ever."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(folder=str(FOLDER), tests=str(REPO / "tests")))
+    for n in (1, 2):
+        launch(n, script, tmp_path / f"p{n}_")
+    for number in range(len(VARIANTS) + 1):
+        (one, terms), (two, again) = (torch.load(tmp_path / f"p{n}_{number}", weights_only=True) for n in (1, 2))
+        if number == len(VARIANTS):                               # --break per-rank-mean: the very thing it breaks
+            assert (two - one).norm() > 0.1 * one.norm()
+            continue
+        torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-4)
+        for key in ("loss", "grad_norm", "trained", "correct"):
+            assert again[key] == pytest.approx(terms[key], abs=1e-5, rel=1e-4), key
+
+
+@pytest.mark.parametrize("method", ["dr_grpo", "kl_correct"])
+def test_two_processes_train_together(method, tmp_path, data):
+    launch(2, TRAIN, *TINY, "--steps", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
+    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["steps"] == 2
+
+
+@pytest.mark.parametrize("name", train.BREAKS)
+def test_every_broken_variant_runs(name, tmp_path, data):
+    process = call(train, *TINY[:-1], "--steps", "1", "--break", name, "--method", "kl_correct", "--data", data, "--out", tmp_path / "o")
+    assert process.returncode == 0 and f"BROKEN: {name}" in process.stdout or name == "naive-log1mp" and "not finite" in process.stderr, process.stderr
+
+
+def test_no_correct_answer_skips_the_update_and_says_so(tmp_path, data):
+    (tmp_path / "d").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "d" / f"{name}.jsonl").write_text(json.dumps(dict(question="Ana has 20 apples.", answer="#### 123456789")) + "\n")
+    process = call(train, *TINY[:-1], "--method", "kl_batch", "--data", tmp_path / "d", "--out", tmp_path / "o", "--steps", "2")
+    assert process.returncode == 0 and process.stdout.count("no correct answer in the batch: no update") == 2, process.stderr
+    from safetensors.torch import load_file
+    old, new = (load_file(path / "model.safetensors") for path in (FOLDER / "weights" / "base", tmp_path / "o" / "policy"))
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_checkpoint_intact(tmp_path, monkeypatch, data):
+    original, calls = train.batch_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        loss, entropy = original(*arguments)
+        return (loss * math.nan if len(calls) == 3 else loss), entropy
+    monkeypatch.setattr(train, "batch_loss", poisoned)
+    process = call(train, *TINY, "--method", "kl_correct", "--sequences", "64", "--data", data, "--out", tmp_path / "o")
+    assert_one_line_error(process, "step 3", "not finite", "intact")
+    monkeypatch.undo()
+    assert call(train, "--quiet", "--resume", tmp_path / "o").returncode == 0
+    assert len((tmp_path / "o" / "metrics.csv").read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_a_run_with_another_model(kind, tmp_path, monkeypatch, data):
+    """Another shape, another tokenizer without a chat format; told the format by --instruction."""
+    _, tokenizer = train.load_policy(str(FOLDER / "weights" / "base"))
+    tokenizer.chat_template = None
+    model = MODELS[kind]
+    type(model)(type(model.config)(**(model.config.to_dict() | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)))).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    process = call(train, "--model", "m", "--instruction", "End with ####.", *TINY, "--steps", "1", "--data", data, "--out", "o")
+    assert process.returncode == 0, process.stderr
+    monkeypatch.chdir("/")
+    assert call(evaluation, "--weights", tmp_path / "o", "--samples", "2", "--max-new-tokens", "20").returncode == 0
+
+
+def test_pass_at_k_and_maj_at_k_by_enumeration():
+    right = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    for k in (1, 2, 4, 5):
+        wanted = np.mean([np.mean([any(row[list(some)]) for some in itertools.combinations(range(5), k)]) for row in right])
+        assert train.pass_at(right, k) == pytest.approx(wanted)
+    texts = ["</think>#### 5", "</think>#### 5.0", "</think>#### 6", "none", "none", "none", "</think>#### 7", "</think>#### 8", "</think>#### 8"]
+    problems = [("", Fraction(5), 1), ("", Fraction(5), 1), ("", Fraction(7), 1)]
+    assert evaluation.maj_at(texts, problems, 3, True) == pytest.approx(1 / 3)
+
+
+def test_shipped_policy_is_better_than_the_base_on_unseen_problems(tmp_path):
+    results = {}
+    for name in ("base", "policy"):
+        process = call(evaluation, "--weights", FOLDER / "weights" / name, "--limit", "200", "--samples", "8", "--json", tmp_path / "e.json")
+        assert process.returncode == 0, process.stderr
+        results[name] = json.loads((tmp_path / "e.json").read_text())
+    base, policy = results["base"], results["policy"]
+    assert set(base) == KEYS and base["problems"] == 200
+    assert 0.30 < base["greedy_accuracy"] < 0.65 and base["pass_at_8"] > base["sampled_accuracy"] + 0.2
+    assert policy["sampled_accuracy"] > base["sampled_accuracy"] + 0.12 and policy["greedy_accuracy"] > base["greedy_accuracy"] + 0.05
+
+
+def test_prompt_answers_one_problem():
+    process = call(evaluation, "--prompt", "Ana has 20 apples. Ana picks 7 more apples. Ana gives 5 apples to a neighbor. How many apples does Ana have now?")
+    assert process.returncode == 0 and "</think>" in process.stdout and "####" in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--k", "1"], ["--k", "2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--method", "ppo"], ["kl_batch"]), (["--half-tokens", "some"], ["confident"]),
+    (["--sequences", "6"], ["--sequences", "--k"]), (["--preset", "gsm8k_1"], ["gsm8k_0p5_test"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--data", "nowhere"], ["nowhere"]),
+    (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["per-rank-mean"]), (["--break", "train-on-wrong"], ["kl_batch"]), (["--stepz", "1"], ["--help"]), (["--steps", "x"], ["--help"]),
+    (["--resume", "nowhere"], ["no such directory"]), (["--resume", ".", "--preset", "gsm8k_0"], ["new run"]), (["--log-with", "wandb"], ["pip install wandb"]), (["--entropy-coef", "nan"], ["--entropy-coef"])])
+def test_trainer_refuses_bad_values(arguments, words, tmp_path):
+    assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
+
+
+GOOD = json.dumps(dict(question="1+1?", answer="1+1=2\n#### 2"))
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", ["empty"]), (GOOD + "\n\n" + GOOD, ["line 2", "JSON"]), ("{", ["line 1", "JSON"]), ("[" * 100_000, ["line 1", "JSON"]), ('{"question": "a"}', ["answer"]), ('{"answer": "#### 2"}', ["question"]), ("[1]", ["question"]),
+    ('{"question": 1, "answer": "#### 2"}', ["question"]), (json.dumps(dict(question="a", answer="2")), ["line 1", "####"]), (GOOD + "\n" + json.dumps(dict(question="a", answer="#### two")), ["line 2", "number", "two"]),
+    (json.dumps(dict(question="a", answer="####")), ["number"]), ('{"question": "\\ud800", "answer": "#### 2"}', ["JSON"]), (json.dumps(dict(question="why " * 400, answer="#### 2")), ["context", "why"]), (b"\xff\xfe", ["UnicodeDecodeError"])])
+def test_trainer_refuses_malformed_data_and_leaves_nothing(content, words, tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "d" / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_one_line_error(call(train, "--data", tmp_path / "d", "--quiet", "--out", tmp_path / "o"), *words)
+    assert not list((tmp_path / "o").iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--json", "no/such/x.json"], ["--compare", "nowhere"], ["--data", "nowhere"], ["--prompt", "why " * 300],
+                                       ["--figure", "."], ["--limit", "-1"], ["--samples", "4", "--json", "e.json"], ["--weights", "latest"]])
+def test_eval_refuses_bad_values(arguments, tmp_path):
+    if arguments == ["--weights", "latest"] and list(FOLDER.glob("runs/**/policy")):
+        pytest.skip("there is a run")
+    assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path))
