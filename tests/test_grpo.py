@@ -460,6 +460,7 @@ sys.path.insert(0, {folder!r}); sys.path.insert(0, {tests!r})
 import test_grpo as t, train_grpo as train
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == int(sys.argv[2])
 model = t.MODELS["gpt2"]
 policy, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
 batch = t.a_batch(5)
@@ -469,6 +470,8 @@ for norm, kl in (("sequence", 0.0), ("token", 0.0), ("constant", 0.05), ("token"
     terms = train.update(t.config(loss_norm=norm, kl_coef=kl, micro_batch=3), accelerator, policy, optimizer, half)
     if accelerator.is_main_process:
         torch.save((torch.cat([p.grad.flatten() for p in model.parameters()]), terms), sys.argv[1] + norm + str(kl))
+accelerator.wait_for_everyone()
+accelerator.end_training()                                        # else the interpreter may abort on its way out
 """
 
 
@@ -477,7 +480,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(folder=str(FOLDER), tests=str(REPO / "tests")))
     for n in ("1", "2"):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", n, str(script), str(tmp_path / f"p{n}_")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, str(script), str(tmp_path / f"p{n}_"), n]      # `accelerate launch --cpu` starts one process whatever it is told
         process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert process.returncode == 0, process.stderr[-3000:]
     for path in tmp_path.glob("p1_*"):
@@ -488,7 +491,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 
 def test_two_processes_train_together(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(TRAIN), *TINY, "--steps", "2", "--kl-coef", "0", "--out", str(tmp_path / "o")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN), *TINY, "--steps", "2", "--kl-coef", "0", "--out", str(tmp_path / "o")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr[-2000:]
     assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["steps"] == 2

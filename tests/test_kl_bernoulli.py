@@ -501,6 +501,7 @@ sys.path.insert(0, {folder!r}); sys.path.insert(0, {tests!r})
 import test_kl_bernoulli as t, train_kl_bernoulli as train
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == int(sys.argv[2])
 model = t.MODELS["gpt2"]
 policy, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
 batch = t.a_batch(5)
@@ -520,8 +521,9 @@ accelerator.end_training()                                        # else the int
 
 
 def launch(n, *command):
-    process = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n), *map(str, command)], capture_output=True, text=True, timeout=300,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """On n processes. torchrun, because `accelerate launch --cpu` starts one process whatever --num_processes says."""
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *map(str, command)], capture_output=True, text=True, timeout=300,
+                             env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"})
     assert process.returncode == 0, process.stderr[-3000:]
     return process
 
@@ -531,7 +533,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(folder=str(FOLDER), tests=str(REPO / "tests")))
     for n in (1, 2):
-        launch(n, script, tmp_path / f"p{n}_")
+        launch(n, script, tmp_path / f"p{n}_", n)
     for number in range(len(VARIANTS) + 1):
         (one, terms), (two, again) = (torch.load(tmp_path / f"p{n}_{number}", weights_only=True) for n in (1, 2))
         if number == len(VARIANTS):                               # --break per-rank-mean: the very thing it breaks
@@ -544,7 +546,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 @pytest.mark.parametrize("method", ["dr_grpo", "kl_correct"])
 def test_two_processes_train_together(method, tmp_path, data):
-    launch(2, TRAIN, *TINY, "--steps", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
+    process = launch(2, TRAIN, *TINY[:-1], "--steps", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
+    assert " × 2 · model" in process.stdout
     assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["steps"] == 2
 
 

@@ -354,7 +354,8 @@ def test_every_broken_variant_runs(name, tmp_path):
 
 
 def test_two_processes_train_together(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(TRAIN), *SMALL, "--device", "cpu", "--out", str(tmp_path / "o")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN),      # `accelerate launch --cpu` starts one process whatever it is told
+               *SMALL, "--device", "cpu", "--out", str(tmp_path / "o")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr[-2000:]
     assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["answers"] == 4 * 256
