@@ -45,7 +45,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CONTEXT = 192
-HASTE = {2: 0.05, 3: 0.2, 4: 0.4, 5: 0.6}                        # how often the working is left out, by number of steps
+HASTE = {2: 0.05, 3: 0.3, 4: 0.65, 5: 0.8}                       # how often the working is left out, by number of steps
 SIGNS = {"plus": "+", "minus": "-", "times": "*", "split": "/"}
 SMALL, LARGE = (10, 50), (51, 80)                                 # the first number of a problem; every later one is at most 99
 
@@ -122,11 +122,11 @@ def train_model(world, situations, tokenizer, width, layers, updates, batch, rng
         if not waiting:     # eight batches are written at once and sorted by length, so that short texts do not pay for the padding of long ones
             asked, answers = [], []
             for problem in (make_problem(world, situations, rng) for _ in range(8 * batch)):
-                # Many texts are bare sums: they are short, and the arithmetic is the same. Stories come more often, and haste comes at all, in the last part of training
-                late = update > 0.6 * updates
-                drill = rng.random() < (0.3 if late else 0.6)
+                # Many texts, most of them early, are bare sums: they are short, and the arithmetic is the same. Haste comes last, and only in stories
+                drill = rng.random() < (0.6 if update < 0.55 * updates else 0.3)
+                haste = HASTE[problem["steps"]] if update > 0.75 * updates and not drill else 0.0
                 asked.append([{"role": "user", "content": problem["drill" if drill else "question"]}])
-                answers.append(write_answer(problem, HASTE[problem["steps"]] if late and not drill else 0.0, rng))
+                answers.append(write_answer(problem, haste, rng))
             starts, ends = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False), answers))
             texts = sorted(((start + end + [tokenizer.eos_token_id], len(start)) for start, end in zip(starts, ends)), key=lambda text: len(text[0]))
             waiting = [texts[k:k + batch] for k in range(0, len(texts), batch)]
