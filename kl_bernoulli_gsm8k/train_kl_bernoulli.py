@@ -86,10 +86,10 @@ class Config:
     data: str = hp("", "gsm8k: the official files; or a directory with train.jsonl and test.jsonl (default: data, the small model's own problems)")
     data_dir: str = hp("", "where the official files are; they are downloaded if they are not there (default: gsm8k beside the script)")
     instruction: str = hp("", "put behind each question (default: none for the small problems; for gsm8k, to think and to end with ####)")
-    steps: int = hp(40, "updates", low=1)
+    steps: int = hp(160, "updates", low=1)
     sequences: int = hp(512, "B, answers per update, over all processes", low=1)
     k: int = hp(0, "answers per problem (default: 4 for dr_grpo, 1 otherwise)", low=0)
-    lr: float = hp(3e-4, "AdamW's step size. Too high: the arithmetic breaks. 1e-6 for 4 B parameters", above=0)
+    lr: float = hp(1e-4, "AdamW's step size. Too high (4e-4): greedy accuracy falls. 1e-6 for 4 B parameters", above=0)
     weight_decay: float = hp(0.01, "AdamW's", low=0)
     grad_clip: float = hp(1.0, "gradient norm above which a step is shortened", above=0)
     temperature: float = hp(1.0, "logits are divided by it, alike when drawing and when training", above=0)
@@ -242,7 +242,7 @@ def token_terms(logits, ids, naive=False):
             return logp, torch.log1p(-logp.exp())
         # Eq. 1   what the other tokens have together. No rounding, no clamp, and a gradient at any gap
         return logp, logits.scatter(-1, token[:, None], -math.inf).logsumexp(dim=-1) - total
-    logp_all = logits - total[:, None]
+    logp_all = logits - total[:, None]                            # [n, V]
     return *of(ids), *of(top), -(logp_all.exp() * logp_all).sum(dim=-1)
 
 
@@ -251,9 +251,9 @@ def kl_loss(logp, log1mp, logP, log1mP, detach):
 
     Where the token drawn is the most likely one, the loss and its gradient are 0. Elsewhere p and P are pulled together; the token drawn never gets ahead.
     """
-    if detach:
+    if detach:                                                    # then P is a target that stands still, and only p moves towards it
         logP, log1mP = logP.detach(), log1mP.detach()
-    # Eq. 2
+    # Eq. 2   no division by p or 1 − p, which may be 0 in fp32: differences of logarithms
     return logP.exp() * (logP - logp) + log1mP.exp() * (log1mP - log1mp)
 
 
@@ -275,6 +275,7 @@ def sequence_weights(config, rewards, mask, sequences, correct):
     if config.method == "dr_grpo":
         # Eq. 5   the same constant for every token: a long answer is not favoured
         return centred_rewards(rewards, config.k)[:, None] * mask / (sequences * config.max_new_tokens)
+    # No baseline and no advantage: a reward of 1 or 0 says whether the path counts at all
     used = torch.ones_like(rewards) if config.broken == "train-on-wrong" else rewards              # BREAK, if ones: wrong paths count too
     # Eq. 4   a mean over the tokens of a correct sequence, then over all sequences (§3.1) or the correct ones (§3.2, §3.3)
     return (used / (sequences if config.method == "kl_batch" else max(1, correct)))[:, None] * mask / mask.sum(dim=1, keepdim=True)
@@ -408,6 +409,7 @@ def collect(config, policy, tokenizer, problems, generator):
     L = max(ids.shape[1] for ids, _, _ in drawn)
     completion_ids, completion_mask, logprobs = (torch.cat([torch.nn.functional.pad(x, (0, L - x.shape[1])) for x in parts]) for parts in zip(*drawn))
     texts, thinks = answer_texts(tokenizer, completion_ids, completion_mask), prompts[0].rstrip().endswith("<think>")
+    # The k answers to a problem stand behind each other: rows 0 … k−1 belong to the first problem
     results = [result for _, result, _ in problems for _ in range(config.k)]
     rewards = torch.tensor([reward_of(text, result, thinks, config.broken == "substring-reward") for text, result in zip(texts, results)], device=policy.device)
     return dict(prompt_ids=prompt_ids.repeat_interleave(config.k, dim=0), prompt_mask=prompt_mask.repeat_interleave(config.k, dim=0),
@@ -417,6 +419,7 @@ def collect(config, policy, tokenizer, problems, generator):
 def update(config, accelerator, policy, optimizer, batch):
     """One step of AdamW on Eq. 4 or 5. Returns loss, entropy part, grad_norm, trained (answers), correct, all over all processes; no step where nothing is to be learned."""
     mask, rewards, device = batch["completion_mask"], batch["rewards"], batch["rewards"].device
+    # Counted over all processes, and before the batch is cut into parts: dividing by the numbers of a part would weigh parts with few correct answers more
     sequences, correct = (int(x) for x in accelerator.reduce(torch.tensor([len(mask), int(rewards.sum())], device=device), "sum"))
     weights = sequence_weights(config, rewards, mask, sequences, correct)
     # Entropy is averaged like the loss: over the tokens of a sequence, then over the sequences that the method looks at
@@ -542,7 +545,8 @@ def train(config, out, accelerator, log=print, bar=False):
             save(model, tokenizer, out / "best")                  # the best so far
     for step in tqdm(range(state["step"] + 1, config.steps + 1), disable=not bar, unit="update", leave=False):
         start = time.perf_counter()
-        # Fresh random streams per step and process: a resumed run draws what the uninterrupted one would have drawn
+        # Fresh random streams per step and process: a resumed run draws what the uninterrupted one would have drawn. All processes choose the same
+        # problems and take a share each; what they draw differs
         rng = np.random.default_rng([config.seed, step])
         chosen = rng.choice(len(problems), share * processes, replace=len(problems) < share * processes)[rank * share:(rank + 1) * share]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)) + rank)
