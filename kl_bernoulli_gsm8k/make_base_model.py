@@ -1,6 +1,6 @@
 """Makes what the GSM8K lesson starts from: word problems in GSM8K's format, and a small model that solves some of them.
 
-    python make_base_model.py            @@TIME@@; writes weights/base and data/
+    python make_base_model.py            15 minutes on two slow cores; writes weights/base and data/
 
 world.json holds 48 situations (eight of them held out) in which a quantity changes two to five times: something is added, taken away, multiplied or shared
 equally, and half of the problems mention a number that has nothing to do with it. An answer is working, line by line as in GSM8K, then the result:
@@ -193,7 +193,7 @@ def main():
     except OSError as problem:
         fail(f"--out {out} cannot be written ({problem.strerror}); choose another directory")
     # Each set has a random stream of its own. The model's training draws from another one, and 10^10 different problems make repeats unlikely
-    for number, (name, situations, first, count) in enumerate((("train", seen, SMALL, 4000), ("test", seen, SMALL, 500), ("held_out", held_out, SMALL, 500), ("large", seen, LARGE, 500))):
+    for number, (name, situations, first, count) in enumerate((("train", seen, SMALL, 16_000), ("test", seen, SMALL, 500), ("held_out", held_out, SMALL, 500), ("large", seen, LARGE, 500))):
         rng = np.random.default_rng([args.seed, number])
         problems = [make_problem(world, situations, rng, first) for _ in range(8 if args.smoke else count)]
         write(out / "data" / f"{name}.jsonl", "".join(json.dumps(dict(question=p["question"], answer=f"{p['working']}#### {p['result']}")) + "\n" for p in problems))

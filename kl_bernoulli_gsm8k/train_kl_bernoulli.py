@@ -86,7 +86,7 @@ class Config:
     data: str = hp("", "gsm8k: the official files; or a directory with train.jsonl and test.jsonl (default: data, the small model's own problems)")
     data_dir: str = hp("", "where the official files are; they are downloaded if they are not there (default: gsm8k beside the script)")
     instruction: str = hp("", "put behind each question (default: none for the small problems; for gsm8k, to think and to end with ####)")
-    steps: int = hp(160, "updates", low=1)
+    steps: int = hp(100, "updates", low=1)
     sequences: int = hp(512, "B, answers per update, over all processes", low=1)
     k: int = hp(0, "answers per problem (default: 4 for dr_grpo, 1 otherwise)", low=0)
     lr: float = hp(1e-4, "AdamW's step size. Too high (4e-4): greedy accuracy falls. 1e-6 for 4 B parameters", above=0)

@@ -422,7 +422,7 @@ def test_the_generator_computes_rightly_and_keeps_its_promises():
 
 def test_shipped_problems_are_new_ones():
     sets = {name: train.read_problems(FOLDER / "data" / f"{name}.jsonl") for name in ("train", "test", "held_out", "large")}
-    assert [len(s) for s in sets.values()] == [4000, 500, 500, 500]
+    assert [len(s) for s in sets.values()] == [16_000, 500, 500, 500]
     questions = [question for s in sets.values() for question, _, _ in s]
     assert len(set(questions)) == len(questions)
     held = {s["ask"].split("{n}")[0] for s in WORLD["situations"] if s["item"] in WORLD["held_out"]}
