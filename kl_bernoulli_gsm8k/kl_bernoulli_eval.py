@@ -391,9 +391,9 @@ def compare_runs(runs, out):
                 except (OSError, KeyError, ValueError):
                     fail(f"--compare {directory}: it holds no readable {name}.csv, so it is not a run of train_kl_bernoulli.py")
             length = min(map(len, tables))
-            steps, values = [step for step, _ in tables[0][:length]], np.array([[value for _, value in table[:length]] for table in tables])
-            axis.plot(steps, np.nanmedian(values, axis=0), color=f"C{number % 10}", linestyle="-" if number < 10 else "--", label=title)
-            axis.fill_between(steps, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=f"C{number % 10}", alpha=0.15)
+            steps, values = [step for step, _ in tables[0][:length]], np.ma.masked_invalid([[value for _, value in table[:length]] for table in tables])         # no loss where no update
+            axis.plot(steps, np.ma.median(values, axis=0), color=f"C{number % 10}", linestyle="-" if number < 10 else "--", label=title)
+            axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=f"C{number % 10}", alpha=0.15)
             axis.set(title=label, xlabel="update")
     axes[0, 0].legend(fontsize=8)
     picture = io.BytesIO()

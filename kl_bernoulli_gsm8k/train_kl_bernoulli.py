@@ -10,9 +10,9 @@ The algorithm
         draw answers to a batch of problems, at temperature 1                                        generate
         reward 1 if the number behind #### is right, else 0                                          reward_of
         of every token drawn: p, its probability, and P, that of the most likely token              Eq. 1      token_terms
-        one AdamW step on the loss of the method                                                     Eq. 2-5    kl_loss, half_loss, dr_grpo_loss
+        one AdamW step on the loss of the method                                                     Eq. 2-5    kl_loss, half_loss, token_losses
 
-The equations (README.md derives them)
+The equations (README.md explains them; §3.1 to §3.3 are sections of the thesis)
     Eq. 1   log(1 − p) = logsumexp(all other logits) − logsumexp(all logits)                         exact; log1p(−exp(log p)) is not
     Eq. 2   ℓ_t = P·log(P/p) + (1 − P)·log((1 − P)/(1 − p))                                          KL of two coins, §3.1 and §3.2
     Eq. 3   ℓ_t = −½·(log p + log(1 − p)) + log ½                                                    the same with the target ½, §3.3
@@ -20,7 +20,7 @@ The equations (README.md derives them)
     Eq. 5   Dr. GRPO:  L = −Σ_i Σ_t (r_i − mean r)·log π(y_it|…) / (B·L_max) − c·H                   mean over the k answers to one problem
 
 New since the RLHF lesson: a reward that is checked, not learned; greedy accuracy as the measure; losses that look at the whole distribution of a token.
-Deliberately left out: a reference model (the reward cannot be fooled), several epochs on a batch.
+Deliberately left out: a reference model (no way of writing earns a reward but the right number), several epochs on a batch and with them ratio and clip.
 
 Sources: J. Byun, Exploring Paths in Probabilistic Graphs for Model Training (thesis, 2025); Dr. GRPO arXiv 2503.20783; GSM8K arXiv 2110.14168. Shapes: P problems
 of T tokens, k answers each, B = P·k answers of L tokens, V vocabulary.

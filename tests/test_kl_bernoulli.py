@@ -505,13 +505,15 @@ assert accelerator.num_processes == int(sys.argv[2])
 model = t.MODELS["gpt2"]
 policy, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
 batch = t.a_batch(5)
-batch["rewards"] = torch.tensor([0.0, 0, 0, 0, 1, 1, 0, 1])       # the first process has no correct answer at all
-half = {{key: value[4 * accelerator.process_index:][:4] for key, value in batch.items()}} if accelerator.num_processes == 2 else batch
-for number, variant in enumerate([*t.VARIANTS, dict(method="kl_correct", broken="per-rank-mean")]):
-    model.zero_grad()
-    terms = train.update(t.config(micro_batch=2, **variant), accelerator, policy, optimizer, half)
-    if accelerator.is_main_process:
-        torch.save((torch.cat([p.grad.flatten() for p in model.parameters()]), terms), sys.argv[1] + str(number))
+# In the second case the first process has no correct answer at all
+for case, rewards in enumerate(([1.0, 0, 0, 0, 1, 1, 0, 1], [0.0, 0, 0, 0, 1, 1, 0, 1])):
+    batch["rewards"] = torch.tensor(rewards)
+    half = {{key: value[4 * accelerator.process_index:][:4] for key, value in batch.items()}} if accelerator.num_processes == 2 else dict(batch)
+    for number, variant in enumerate([*t.VARIANTS, dict(method="kl_correct", broken="per-rank-mean")]):
+        model.zero_grad()
+        terms = train.update(t.config(micro_batch=2, **variant), accelerator, policy, optimizer, half)
+        if accelerator.is_main_process:
+            torch.save((torch.cat([p.grad.flatten() for p in model.parameters()]), terms), sys.argv[1] + f"{{case}}_{{number}}")
 half["rewards"] = torch.zeros(len(half["rewards"]))               # and now nobody has one: no update, no hang
 terms = train.update(t.config(method="kl_batch"), accelerator, policy, optimizer, half)
 assert terms["trained"] == 0
@@ -534,8 +536,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     script.write_text(WORKER.format(folder=str(FOLDER), tests=str(REPO / "tests")))
     for n in (1, 2):
         launch(n, script, tmp_path / f"p{n}_", n)
-    for number in range(len(VARIANTS) + 1):
-        (one, terms), (two, again) = (torch.load(tmp_path / f"p{n}_{number}", weights_only=True) for n in (1, 2))
+    for case, number in itertools.product(range(2), range(len(VARIANTS) + 1)):
+        (one, terms), (two, again) = (torch.load(tmp_path / f"p{n}_{case}_{number}", weights_only=True) for n in (1, 2))
         if number == len(VARIANTS):                               # --break per-rank-mean: the very thing it breaks
             assert (two - one).norm() > 0.1 * one.norm()
             continue
