@@ -1,6 +1,6 @@
 """Bernoulli-KL path training on word problems: train only on correct reasoning paths, and compare with Dr. GRPO on equal terms.
 
-    python train_kl_bernoulli.py                                   Dr. GRPO, @@TIME@@; expect: solves @@EXPECT@@
+    python train_kl_bernoulli.py                                   Dr. GRPO, 6 minutes on one core; expect: greedy 45 → 55-57 % of new problems
     python train_kl_bernoulli.py --preset gsm8k_0                  the thesis's first objective (§3.1); other presets: --help
     python train_kl_bernoulli.py --full-size --preset gsm8k_0      Qwen3-4B-Thinking on GSM8K, with the thesis's settings (GPUs)
     accelerate launch train_kl_bernoulli.py                        the same on several processes or GPUs
