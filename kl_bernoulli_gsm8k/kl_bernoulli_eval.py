@@ -395,7 +395,8 @@ def compare_runs(runs, out):
             axis.plot(steps, np.ma.median(values, axis=0), color=f"C{number % 10}", linestyle="-" if number < 10 else "--", label=title)
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=f"C{number % 10}", alpha=0.15)
             axis.set(title=label, xlabel="update")
-    axes[0, 0].legend(fontsize=8)
+    axes[1, 1].set_yscale("symlog", linthresh=1e-3)               # methods differ by a factor of thousands, and Dr. GRPO's loss is negative
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     plt.close(figure)

@@ -3,7 +3,7 @@
     python train_kl_bernoulli.py                                   Dr. GRPO, 6 minutes on one core; expect: greedy 45 → 55-57 % of new problems
     python train_kl_bernoulli.py --preset gsm8k_0                  the thesis's first objective (§3.1); other presets: --help
     python train_kl_bernoulli.py --full-size --preset gsm8k_0      Qwen3-4B-Thinking on GSM8K, with the thesis's settings (GPUs)
-    accelerate launch train_kl_bernoulli.py                        the same on several processes or GPUs
+    accelerate launch train_kl_bernoulli.py                        the same on several GPUs
 
 The algorithm
     repeat
@@ -249,7 +249,7 @@ def token_terms(logits, ids, naive=False):
 def kl_loss(logp, log1mp, logP, log1mP, detach):
     """Eq. 2 per token. The two coins: the token drawn comes up with p, the most likely one with P.
 
-    Where the token drawn is the most likely one, the loss and its gradient are 0. Elsewhere p and P are pulled together; the token drawn never gets ahead.
+    Where the token drawn is the most likely one, the loss and its gradient are 0. Elsewhere p and P are pulled together until they are equal, and no further.
     """
     if detach:                                                    # then P is a target that stands still, and only p moves towards it
         logP, log1mP = logP.detach(), log1mP.detach()
@@ -358,11 +358,12 @@ def generate(model, prompt_ids, prompt_mask, k, longest, temperature, ends, gene
 
 
 def batch_loss(policy, head, rows, config):
-    """The loss of some rows of a batch (sums of weighted tokens), as (loss, entropy part), with gradient. Hidden states of all tokens, but logits of --token-chunk
-    tokens only: those of a chunk are thrown away and computed again on the way back."""
+    """The loss of some rows of a batch, a sum of weighted tokens, with gradient. Hidden states of all tokens, but logits of --token-chunk tokens only: those of a chunk
+    are thrown away and computed again on the way back."""
     L = rows["completion_ids"].shape[1]
     ids, mask = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1), torch.cat([rows["prompt_mask"], rows["completion_mask"].long()], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                               # [B, T + L], like ids and mask
+    # The last layer's output [B, T + L, D]; the model itself makes the logits of one position only
     hidden = policy(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states[-1]
     real = rows["completion_mask"] > 0
     hidden, tokens = hidden[:, -L - 1:-1][real], rows["completion_ids"][real]                       # [n, D], [n]: what predicts each token of an answer, and the token
@@ -375,7 +376,7 @@ def batch_loss(policy, head, rows, config):
             zip(*(x.split(config.token_chunk) for x in (hidden, tokens, weights, entropy_weights)))]
     main, entropy = torch.stack(sums).sum(dim=0)
     # Eq. 4, 5   minus c·H: with c < 0, entropy costs
-    return main - config.entropy_coef * entropy, entropy
+    return main - config.entropy_coef * entropy
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
@@ -417,7 +418,7 @@ def collect(config, policy, tokenizer, problems, generator):
 
 
 def update(config, accelerator, policy, optimizer, batch):
-    """One step of AdamW on Eq. 4 or 5. Returns loss, entropy part, grad_norm, trained (answers), correct, all over all processes; no step where nothing is to be learned."""
+    """One step of AdamW on Eq. 4 or 5. Returns loss, grad_norm, trained (answers), correct, all over all processes; no step where nothing is to be learned."""
     mask, rewards, device = batch["completion_mask"], batch["rewards"], batch["rewards"].device
     # Counted over all processes, and before the batch is cut into parts: dividing by the numbers of a part would weigh parts with few correct answers more
     sequences, correct = (int(x) for x in accelerator.reduce(torch.tensor([len(mask), int(rewards.sum())], device=device), "sum"))
@@ -446,7 +447,7 @@ def update(config, accelerator, policy, optimizer, batch):
             rows["weights"] = rows["weights"] * trained / (len(parts[k]) * count * accelerator.num_processes)
         with accelerator.no_sync(policy) if k < count - 1 else contextlib.nullcontext():
             with accelerator.autocast():
-                loss, _ = batch_loss(policy, head, rows, config)
+                loss = batch_loss(policy, head, rows, config)
             accelerator.backward(loss * accelerator.num_processes)                                  # processes are averaged, the weights divide by the whole batch
         sums += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))
