@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+# One thread per process, before anything loads torch, and for every process that a test starts: pytest runs two workers, and threads of
+# several processes that fight for two cores make a test ten times as slow.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
