@@ -1,17 +1,19 @@
-"""Judges, shows and studies CartPole policies trained by train_cartpole.py.
+"""Judges and shows CartPole policies trained by train_cartpole.py.
 
-    python cartpole_eval.py                              100 fresh episodes of the shipped policy, greedy and sampled
-    python cartpole_eval.py --weights latest --render human          watch the policy you just trained in a window
-    python cartpole_eval.py --render gif --out after.gif             the same without a display
-    python cartpole_eval.py --study runs/study           re-makes the README's table and figures (about four minutes)
+    python cartpole_eval.py                                   100 fresh episodes, shipped policy
+    python cartpole_eval.py --weights latest --render human   watch the policy you just trained
+    python cartpole_eval.py --render gif --out after.gif      the same without a display
+    python cartpole_eval.py --run latest                      what the trainer does at its end:
+                                                              eval.json, curve.png, the verdict
 
-Keys of --json FILE: greedy and sampled, each with mean, std (unbiased), min (returns, 0-500), episodes, and
-fraction_solved (share of episodes with a return of at least 475, 0-1).
-Shapes: T time steps, N episodes played side by side, one per environment.
+Keys of --json FILE and of eval.json: greedy and sampled, each with mean, std (unbiased), min
+(returns, 0-500), episodes, and fraction_solved (share of episodes with a return of at least 475).
+Shapes: T time steps; N episodes played side by side, one per environment.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[classic-control]==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control]==1.4.0", "numpy==2.4.6",
+#                 "matplotlib==3.11.2"]
 # ///
 import argparse
 import csv
@@ -19,7 +21,7 @@ import io
 import json
 import os
 import pickle
-import subprocess
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -31,31 +33,36 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-MAX_STEPS = 500               # CartPole-v1 cuts an episode here (a time limit, not a failure)
-SAMPLED_TARGET, RANDOM_RETURN = 475.0, 22.0
-BREAKS = ("no-baseline", "no-reward-to-go", "wrong-sign", "endless-episodes", "whiten-episode")
+MAX_STEPS = 500               # CartPole-v1 cuts an episode here: a time limit, not a failure
+GREEDY_TARGET, SAMPLED_TARGET, RANDOM_RETURN = 500.0, 475.0, 22.0
+REMEDY = "train one with train_cartpole.py, or omit --weights for the shipped policy"
 
 
-# ---- the same code as in train_cartpole.py --------------------------------------------------------------------------
+# ---- the same code as in train_cartpole.py ----------------------------------------------------
 
 def make_envs(num_envs, seed):
-    """N CartPoles whose physics is one NumPy expression. The vector environment takes one seed for all of them."""
+    """N CartPoles that move as one NumPy expression. One seed serves all of them."""
     envs = gym.make_vec("CartPole-v1", num_envs=num_envs, vectorization_mode="vector_entry_point")
     envs.reset(seed=seed)     # later resets without a seed continue this random stream
     return envs
 
 
 def make_policy(hidden):
-    """Two layers: observation [N, 4] (position, velocity, angle, angular velocity) -> logits [N, 2] (push left, right)."""
+    """From observations [N, 4] (position and velocity of the cart, angle and angular velocity of the
+    pole) to logits [N, 2] (push left, push right)."""
     return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2))
 
 
 def collect(envs, policy, generator, greedy=False):
     """Plays one whole episode in each environment.
 
-    Returns a dictionary of tensors: obs [T, N, 4], actions [T, N], rewards [T, N], mask [T, N] (1 while the episode
-    lasts). T is the longest episode's length. An environment whose episode is over is reset by its next step and goes on
-    with another one; those rows are played, because the vector moves as one, and masked out.
+    Returns a dictionary of tensors: obs [T, N, 4], actions [T, N], rewards [T, N], mask [T, N] (1
+    while the episode lasts). T is the longest episode's length. The environments move as one: one
+    whose episode is over is reset and plays on, and the mask removes what it plays.
+
+        N = 3, T = 4        episode 0   1 1 1 1
+                     mask   episode 1   1 1 0 0      fell after two steps
+                            episode 2   1 1 1 0
     """
     N = envs.num_envs
     obs_buffer = np.zeros((MAX_STEPS, N, 4), np.float32)
@@ -63,20 +70,25 @@ def collect(envs, policy, generator, greedy=False):
     rewards_buffer = np.zeros((MAX_STEPS, N), np.float32)
     mask_buffer = np.zeros((MAX_STEPS, N), np.float32)
     device = next(policy.parameters()).device
-    # Gumbel-max: argmax(logits + Gumbel noise) is a sample from softmax(logits). Drawing the noise for the whole batch at
-    # once is several times faster than building a Categorical distribution at every step.
-    noise = -torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator).log().to(device)      # [T, N, 2]
+    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a sample from softmax(logits). All the
+    # noise at once is several times faster than a Categorical distribution at every step.
+    uniform = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
+    noise = -uniform.log().to(device)                                   # [MAX_STEPS, N, 2]
     obs, _ = envs.reset()
     alive = np.ones(N, bool)
     t = 0
-    with torch.inference_mode():                                  # acting builds no graph; update() recomputes log π
+    with torch.inference_mode():      # acting needs no gradient: update() computes log π once more
         while alive.any():
-            logits = policy(torch.from_numpy(obs).to(device))     # [N, 2]
-            actions = (logits if greedy else logits + noise[t]).argmax(dim=-1).cpu().numpy()      # [N]
-            obs_buffer[t], actions_buffer[t], mask_buffer[t] = obs, actions, alive
+            logits = policy(torch.from_numpy(obs).to(device))           # [N, 2]
+            if not greedy:
+                logits = logits + noise[t]
+            actions = logits.argmax(dim=-1).cpu().numpy()               # [N]
+            obs_buffer[t] = obs
+            actions_buffer[t] = actions
+            mask_buffer[t] = alive
             obs, rewards_buffer[t], terminated, truncated, _ = envs.step(actions)
-            # Over when the pole fell (terminated) or time ran out (truncated). The objective is the return within 500
-            # steps, so both end the sum. A method that estimates the future beyond (the PPO lesson) must tell them apart.
+            # The pole fell (terminated) or time ran out (truncated). Our objective is the return
+            # within 500 steps, so both end the sum. The PPO lesson must tell them apart.
             alive &= ~(terminated | truncated)
             t += 1
     buffers = dict(obs=obs_buffer, actions=actions_buffer, rewards=rewards_buffer, mask=mask_buffer)
@@ -84,17 +96,21 @@ def collect(envs, policy, generator, greedy=False):
 
 
 def evaluate(policy, episodes, seed):
-    """Fresh episodes with the greedy and with the sampled policy.
+    """Fresh episodes (Eq. 1), once with the likelier action each time, once with sampled actions.
 
-    Returns {"greedy": …, "sampled": …}, each with mean, std (unbiased), min, episodes, fraction_solved (return ≥ 475).
+    Returns {"greedy": …, "sampled": …}, each with mean, std (unbiased), min, episodes, and
+    fraction_solved: the share of episodes with a return of at least 475.
     """
     results = {}
     for name in ("greedy", "sampled"):
-        envs, generator = make_envs(episodes, seed), torch.Generator().manual_seed(seed)
+        envs = make_envs(episodes, seed)
+        generator = torch.Generator().manual_seed(seed)
         batch = collect(envs, policy, generator, greedy=name == "greedy")
-        returns = (batch["rewards"] * batch["mask"]).sum(dim=0)   # [episodes]
-        results[name] = dict(mean=returns.mean().item(), std=returns.std().item() if episodes > 1 else 0.0,
-                             min=returns.min().item(), episodes=episodes,
+        returns = (batch["rewards"] * batch["mask"]).sum(dim=0)         # [episodes]
+        results[name] = dict(mean=returns.mean().item(),
+                             std=returns.std().item() if episodes > 1 else 0.0,
+                             min=returns.min().item(),
+                             episodes=episodes,
                              fraction_solved=(returns >= SAMPLED_TARGET).float().mean().item())
     return results
 
@@ -106,60 +122,136 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
 
 
-# ---- loading and showing --------------------------------------------------------------------------------------------
+# ---- loading ----------------------------------------------------------------------------------
+
+def newest_run(needed):
+    """The newest directory in runs/ with a file of that name; runs of --smoke do not count."""
+    found = [path for path in HERE.glob(f"runs/*/{needed}") if "_smoke" not in path.parent.name]
+    if not found:
+        fail(f"latest: no run in {HERE / 'runs'} has a {needed} yet")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
 
 def load_policy(weights):
-    """The policy stored at a path, in a run directory, in the newest run ("latest"), or an untrained one ("random").
+    """The policy in a file, in a run directory, in the newest run ("latest"), or an untrained one
+    ("random").
 
-    Weights are read with weights_only=True: a file that carries code instead of numbers is refused, not run.
+    Weights are read with weights_only=True: a file that carries code is refused, not run.
     """
     if weights == "random":
         torch.manual_seed(0)
         return make_policy(64)
-    if weights == "latest":
-        runs = sorted(HERE.glob("runs/**/best.pt"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            fail(f"--weights latest: there is no run in {HERE / 'runs'} yet; run python train_cartpole.py first")
-        path = runs[-1]
-    else:
-        path = Path(weights)
-    remedy = "train with python train_cartpole.py, or leave --weights away for the shipped policy"
+    path = newest_run("best.pt") if weights == "latest" else Path(weights)
     try:
         path = path / "best.pt" if path.is_dir() else path
-        with warnings.catch_warnings(action="ignore"):            # a refused file is reported below, in one line
+        with warnings.catch_warnings(action="ignore"):        # a refused file is reported below
             state = torch.load(path, map_location="cpu", weights_only=True)
-        hidden = state["0.weight"].shape[0]
-        policy = make_policy(hidden)
+        policy = make_policy(hidden=state["0.weight"].shape[0])
         policy.load_state_dict(state)
         if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise KeyError("not a number")
+            raise ValueError("a weight is not a number")
     except FileNotFoundError:
-        fail(f"there are no weights at {path}; {remedy}")
+        fail(f"there are no weights at {path}; {REMEDY}")
     except pickle.UnpicklingError:
-        fail(f"{path} holds something else than tensors and was not opened; {remedy}")
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError, IndexError, ValueError) as problem:
-        reason = "damaged, or of another network" if isinstance(problem, (RuntimeError, EOFError, KeyError)) else "not a weights file"
-        fail(f"{path} cannot be used, it is {reason}; {remedy}")
+        fail(f"{path} holds something else than tensors and was not opened; {REMEDY}")
+    except Exception:                 # torch raises many kinds; the remedy is one
+        fail(f"{path} cannot be used, it is damaged or of another network; {REMEDY}")
     return policy
 
 
+# ---- judging ----------------------------------------------------------------------------------
+
+def table(results):
+    """What evaluate() found, as lines for the console."""
+    lines = [f"{'':8} {'mean':>7} {'std':>7} {'min':>5} {'>= 475':>7}   "
+             f"of {results['greedy']['episodes']} fresh episodes"]
+    for name, r in results.items():
+        lines.append(f"{name:8} {r['mean']:7.1f} {r['std']:7.1f} {r['min']:5.0f} "
+                     f"{r['fraction_solved']:7.0%}")
+    return "\n".join(lines)
+
+
+def judge_run(out, quiet):
+    """Judges the best weights of a finished run: eval.json and curve.png go into its directory."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf8"))
+        result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
+        with (out / "metrics.csv").open(encoding="utf8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, KeyError):
+        fail(f"--run {out} is not the directory of a finished run of train_cartpole.py")
+    # Seeds that decided nothing during training
+    results = evaluate(load_policy(out), config["eval_episodes"], seed=2_000_000 + config["seed"])
+    write(out / "eval.json", json.dumps(results, indent=1) + "\n")
+    plot_curve(out / "curve.png", rows, config)
+    if quiet:
+        return
+    print(f"SOLVED after {result['episodes']} episodes, {result['env_steps']:,} steps, "
+          f"{result['train_seconds']:.2f} s of training" if result["solved"] else
+          f"NOT solved in {result['updates']} updates: these are the best weights")
+    print(table(results))
+    print("Look at curve.png: how much of the scatter of G the baseline takes away. Then watch it: "
+          + shlex.join([sys.executable, str(HERE / "cartpole_eval.py"), "--weights", str(out),
+                        "--render", "human"]))
+
+
+def plot_curve(path, rows, config):
+    """The returns of a run, and below them what the baseline removes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    episodes = [int(row["episodes"]) for row in rows]
+    returns = np.array([float(row["return_mean"]) for row in rows])
+    smooth = [returns[max(0, i - 4):i + 1].mean() for i in range(len(returns))]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=[2, 1],
+                                         layout="constrained")
+    worst = [float(row["return_min"]) for row in rows]
+    best = [float(row["return_max"]) for row in rows]
+    top.fill_between(episodes, worst, best, alpha=0.12)
+    top.plot(episodes, returns, alpha=0.4, label="mean of the batch (band: worst and best episode)")
+    top.plot(episodes, smooth, color="C0", linewidth=2.5, label="last 5 batches")
+    top.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
+    top.axhline(SAMPLED_TARGET, color="C2", linestyle="--", label="target")
+    broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
+    top.set(ylabel="return", ylim=(0, 520),
+            title=f"REINFORCE on CartPole-v1, seed {config['seed']}{broken}")
+    top.legend(loc="upper left", fontsize=8)
+    updated = [row for row in rows if row["loss"]]            # the last batch may only be judged
+    for key, colour, label in (("return_to_go_std", "C3", "std of G"),
+                               ("advantage_std", "C4", "std of G − b")):
+        bottom.plot([int(row["episodes"]) for row in updated],
+                    [float(row[key]) for row in updated], color=colour, label=label)
+    bottom.set(xlabel="episodes", ylabel="what the baseline removes", ylim=(0, None))
+    bottom.legend(loc="upper left", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    plt.close(figure)
+    write(path, picture.getvalue())
+
+
+# ---- showing ----------------------------------------------------------------------------------
+
 def has_display():
     """Whether a window can be opened. Windows and macOS always have one."""
-    return not sys.platform.startswith("linux") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    linux = sys.platform.startswith("linux")
+    return not linux or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def play(policy, mode, seed, episodes, sampled):
-    """Plays episodes one after the other in a single rendered environment. Returns their returns and the frames
-    (rgb_array only: every second step, as Pillow images of 300 × 200, with the step number written on them)."""
+    """Plays episodes one after the other in a single rendered environment.
+
+    Returns their returns and the frames (rgb_array only): every second step, 300 × 200 pixels.
+    """
     from PIL import Image, ImageDraw
     env = gym.make("CartPole-v1", render_mode=mode)
-    generator, frames, returns = torch.Generator().manual_seed(seed), [], []
+    generator = torch.Generator().manual_seed(seed)
+    frames, returns = [], []
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
         terminated = truncated = False
@@ -170,27 +262,31 @@ def play(policy, mode, seed, episodes, sampled):
                 ImageDraw.Draw(frame).text((6, 4), f"step {steps}", fill=(90, 90, 90))
                 frames.append(frame.quantize(colors=16))
             with torch.inference_mode():
-                probs = policy(torch.from_numpy(obs)).softmax(dim=-1)                   # [2]
-            action = torch.multinomial(probs, 1, generator=generator).item() if sampled else probs.argmax().item()
+                probs = policy(torch.from_numpy(obs)).softmax(dim=-1)   # [2]
+            if sampled:
+                action = torch.multinomial(probs, 1, generator=generator).item()
+            else:
+                action = probs.argmax().item()
             obs, _, terminated, truncated, _ = env.step(action)
             steps += 1
-        returns.append(steps)                                     # the reward is 1 per step
+        returns.append(steps)                                           # the reward is 1 per step
     env.close()
     return returns, frames
 
 
 def render(policy, args):
+    """Shows episodes in a window, or writes an animation where there is none."""
     mode = "human" if args.render == "human" and has_display() else "rgb_array"
     if args.render == "human" and mode == "rgb_array":
         print("No display was found: writing a GIF instead of opening a window.")
     if mode == "rgb_array":
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")         # pygame draws into memory and looks for no display
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")     # pygame looks for no display then
     episodes = args.episodes or 1
     try:
         returns, frames = play(policy, mode, args.seed, episodes, args.sampled)
     except gym.error.DependencyNotInstalled:
         fail('rendering needs pygame; run pip install "gymnasium[classic-control]"')
-    except Exception as problem:                                  # pygame.error: a display is named but does not answer
+    except Exception as problem:      # pygame.error: a display is named but does not answer
         if mode != "human" or type(problem).__module__.split(".")[0] != "pygame":
             raise
         print("The display cannot be used: writing a GIF instead of opening a window.")
@@ -199,143 +295,73 @@ def render(policy, args):
     if frames:
         out = args.out or Path("cartpole.gif")
         picture = io.BytesIO()
-        frames[0].save(picture, format="GIF", save_all=True, append_images=frames[1:], duration=40, loop=0, optimize=True)
-        try:
-            write(out, picture.getvalue())
-        except OSError as problem:
-            fail(f"--out {out} cannot be written ({problem.strerror}); choose another file")
+        frames[0].save(picture, format="GIF", save_all=True, append_images=frames[1:], duration=40,
+                       loop=0, optimize=True)
+        write_or_fail("--out", out, picture.getvalue())
         print(f"wrote {out}, {len(picture.getvalue()) // 1024} kB")
     print(f"returns: {', '.join(map(str, returns))}")
 
 
-# ---- the study behind the README ------------------------------------------------------------------------------------
+# ---- command line -----------------------------------------------------------------------------
 
-def study(directory):
-    """Trains the README's runs one after the other: ten seeds as shipped, then every variant on five seeds, once with 16
-    and once with 4 episodes per update. Writes tables.md and two figures."""
-    from tqdm import tqdm
-    if not (HERE / "train_cartpole.py").exists():
-        fail("--study runs train_cartpole.py, which is not beside this script")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        fail(f"--study {directory} is not empty; nothing was overwritten, choose another directory")
-    variants, budget = ("as it is", *BREAKS), {16: 60, 4: 120}    # episodes per update -> updates at most
-    jobs = [("as it is", 16, seed) for seed in range(10)]
-    jobs += [(name, size, seed) for size in budget for name in variants for seed in range(5) if (name, size) != ("as it is", 16)]
-    runs = {}
-    for name, size, seed in tqdm(jobs, disable=not sys.stderr.isatty(), unit="run"):
-        out = directory / f"{name.replace(' ', '_')}_{size}_{seed}"
-        command = [sys.executable, str(HERE / "train_cartpole.py"), "--quiet", "--out", str(out), "--seed", str(seed),
-                   "--batch-episodes", str(size), "--max-updates", str(budget[size])]
-        if subprocess.run(command + ([] if name == "as it is" else ["--break", name])).returncode:
-            fail(f"the run in {out} failed; the study was stopped")
-        curve = [float(row["return_mean"]) for row in csv.DictReader((out / "metrics.csv").open(encoding="utf8"))]
-        runs[name, size, seed] = curve, json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
+def write_or_fail(flag, path, content):
+    try:
+        write(path, content)
+    except OSError as problem:
+        fail(f"{flag} {path} cannot be written ({problem.strerror}); choose another file")
 
-    lines = ["| seed | solved | episodes | steps | training s | checks | greedy mean | sampled mean |", "|---|---|---|---|---|---|---|---|"]
-    for seed in range(10):
-        r = runs["as it is", 16, seed][1]
-        lines.append(f"| {seed} | {'yes' if r['solved'] else 'NO'} | {r['episodes']} | {r['env_steps']:,} | {r['train_seconds']:.2f} "
-                     f"| {r['checks']} | {r['greedy']['mean']:.1f} | {r['sampled']['mean']:.1f} |")
-    for size, updates in budget.items():
-        lines += ["", f"{size} episodes per update, at most {updates} updates, seeds 0 to 4; best weights, 100 fresh episodes:", "",
-                  "| variant | solved | episodes to solve | greedy mean, each seed | sampled mean, each seed |", "|---|---|---|---|---|"]
-        for name in variants:
-            results = [runs[name, size, seed][1] for seed in range(5)]
-            means = [", ".join(f"{r[key]['mean']:.0f}" for r in results) for key in ("greedy", "sampled")]
-            lines.append(f"| {name} | {sum(r['solved'] for r in results)} of 5 "
-                         f"| {', '.join(str(r['episodes']) if r['solved'] else '–' for r in results)} | {means[0]} | {means[1]} |")
-    write(directory / "tables.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-    def curves(name, size, seeds, length):
-        """[seeds, length]: a run that has stopped goes on counting with its last batch."""
-        return np.array([np.pad(runs[name, size, s][0], (0, length - len(runs[name, size, s][0])), mode="edge") for s in range(seeds)])
-
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    length = max(len(runs["as it is", 16, seed][0]) for seed in range(10))
-    bundle, episodes = curves("as it is", 16, 10, length), 16 * np.arange(1, length + 1)
-    axes.plot(episodes, bundle.T, color="C0", alpha=0.25, linewidth=0.8)
-    axes.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), alpha=0.12, label="range of 10 seeds")
-    axes.plot(episodes, np.median(bundle, axis=0), color="C0", linewidth=2.5, label="median")
-    axes.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
-    axes.axhline(SAMPLED_TARGET, color="C2", linestyle="--", label="target")
-    axes.set(xlabel="episodes", ylabel="mean return of the batch", ylim=(0, 520), title="REINFORCE on CartPole-v1")
-    axes.legend(loc="lower right")
-    figure.savefig(directory / "learning_curve.png", dpi=110)
-
-    figure, grid = plt.subplots(2, len(BREAKS), figsize=(13, 5.6), sharey=True, layout="constrained")
-    for row, (size, updates) in zip(grid, budget.items()):
-        episodes = size * np.arange(1, updates + 1)
-        for panel, name in zip(row, BREAKS):
-            for variant, colour in (("as it is", "C0"), (name, "C3")):
-                bundle = curves(variant, size, 5, updates)
-                panel.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), color=colour, alpha=0.12)
-                panel.plot(episodes, np.median(bundle, axis=0), color=colour, linewidth=2, label=variant)
-            panel.axhline(RANDOM_RETURN, color="grey", linestyle=":")
-            panel.axhline(SAMPLED_TARGET, color="C2", linestyle="--")
-            panel.set(title=name, xlabel="episodes", ylim=(0, 520))
-        row[0].set_ylabel(f"return, {size} episodes per update")
-    figure.savefig(directory / "ablation.png", dpi=90)
-    print(f"tables.md, learning_curve.png and ablation.png are in {directory}")
-
-
-# ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
-    parser.add_argument("--weights", default=str(HERE / "weights"), metavar="PATH|DIR|latest|random",
-                        help="whose policy (default: the shipped one)")
-    parser.add_argument("--episodes", type=int, help="fresh episodes to judge (default 100) or to show (default 1)")
-    parser.add_argument("--seed", type=int, default=3_000_000, help="of the episodes (default 3,000,000; training and its checks stay below)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--render", choices=("human", "gif"), help="show episodes in a window or write an animation")
-    parser.add_argument("--sampled", action="store_true", help="render the sampled instead of the greedy policy")
-    parser.add_argument("--out", type=Path, help="file of the animation (default cartpole.gif)")
-    parser.add_argument("--study", type=Path, metavar="DIR", help="train 65 runs and re-make the README's tables and figures in DIR")
-    parser.add_argument("--smoke", action="store_true", help="4 episodes of a random policy, to see that everything runs")
+    what = parser.add_argument_group("whose policy")
+    what.add_argument("--weights", default=str(HERE / "weights"), metavar="PATH|DIR|latest|random",
+                      help="whose policy (default: the shipped one)")
+    what.add_argument("--run", metavar="DIR|latest",
+                      help="judge a finished run: eval.json and curve.png go into its directory")
+    judging = parser.add_argument_group("judging")
+    judging.add_argument("--episodes", type=int,
+                         help="fresh episodes to judge (default 100) or to show (default 1)")
+    judging.add_argument("--seed", type=int, default=3_000_000,
+                         help="of the episodes (default 3,000,000; training stays below)")
+    judging.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    showing = parser.add_argument_group("showing")
+    showing.add_argument("--render", choices=("human", "gif"), help="a window, or an animation")
+    showing.add_argument("--sampled", action="store_true", help="sampled instead of greedy actions")
+    showing.add_argument("--out", type=Path, help="the animation (default cartpole.gif)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--smoke", action="store_true", help="4 episodes of a random policy")
+    machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     if args.episodes is not None and not 1 <= args.episodes <= 100_000:
         fail(f"--episodes must be in 1 … 100000, not {args.episodes}")
     if not 0 <= args.seed < 2**31:
         fail(f"--seed must be in 0 … 2147483647, not {args.seed}")
     for flag, path in (("--json", args.json), ("--out", args.out)):
-        try:
-            good = not path or not path.is_dir() and path.absolute().parent.is_dir()
-        except OSError:
-            good = False
-        if not good:
+        if path and (os.path.isdir(path) or not os.path.isdir(path.absolute().parent)):
             fail(f"{flag} {path} must be a file in a directory that exists")
-    if sum(map(bool, (args.json, args.render, args.study, args.smoke))) > 1:
-        fail("--json, --render, --study and --smoke do different things; give one of them")
-    if args.smoke:
-        args.weights, args.episodes = "random", 4
+    if sum(map(bool, (args.json, args.render, args.run, args.smoke))) > 1:
+        fail("--json, --render, --run and --smoke do different things; give one of them")
     return args
 
 
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")                  # a Windows pipe may not know "…"
+            stream.reconfigure(errors="replace")      # a Windows pipe may not know "…"
     args = parse_args()
     torch.set_num_threads(1)
-    if args.study:
-        return study(args.study)
-    policy = load_policy(args.weights)
+    if args.run:
+        out = newest_run("train.json") if args.run == "latest" else Path(args.run)
+        return judge_run(out, args.quiet)
+    policy = load_policy("random" if args.smoke else args.weights)
     if args.render:
         return render(policy, args)
-    results = evaluate(policy, args.episodes or 100, args.seed)
-    print(f"{'':8} {'mean':>7} {'std':>7} {'min':>5} {'>= 475':>7}   of {results['greedy']['episodes']} fresh episodes")
-    for name, r in results.items():
-        print(f"{name:8} {r['mean']:7.1f} {r['std']:7.1f} {r['min']:5.0f} {r['fraction_solved']:7.0%}")
+    results = evaluate(policy, args.episodes or (4 if args.smoke else 100), args.seed)
+    if not args.quiet:
+        print(table(results))
     if args.json:
-        try:
-            write(args.json, json.dumps(results, indent=1) + "\n")
-        except OSError as problem:
-            fail(f"--json {args.json} cannot be written ({problem.strerror}); choose another file")
+        write_or_fail("--json", args.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -343,6 +369,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+    except BrokenPipeError:                           # whoever read our output (head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)

@@ -1,32 +1,34 @@
-"""REINFORCE on CartPole-v1: make the actions that led to long episodes more likely, and nothing else.
+"""REINFORCE on CartPole-v1: make the actions that led to long episodes more likely.
 
-    python train_cartpole.py              about a second of training, then: greedy 500, sampled at least 475
-    python train_cartpole.py --help       every hyperparameter, with the symptom of a wrong value
+    python train_cartpole.py           a second of training; expect greedy 500, sampled at least 475
+    python train_cartpole.py --help    every hyperparameter, with the symptom of a wrong value
 
 The algorithm
     repeat
-        play N whole episodes with the current policy                                    collect
-        if their mean return reaches 475: play 100 fresh episodes, stop if solved        evaluate
-        G_t  <- rewards that came after action a_t, discounted                   Eq. 3   rewards_to_go
-        b_t  <- what the other episodes still earned from step t on              Eq. 4   leave_one_out_baseline
-        take one Adam step on  - mean over episodes of sum_t log pi(a_t|s_t) (G_t - b_t) Eq. 5   policy_gradient_loss
+        play N whole episodes with the current policy                      collect
+        if their mean return is 475 or more: play 100 fresh ones,          evaluate
+            and stop if these are as good
+        G_t  <- the rewards that came after action a_t           Eq. 3     rewards_to_go
+        b_t  <- what other episodes still earned at step t       Eq. 4     leave_one_out_baseline
+        one Adam step: actions with G_t > b_t more likely        Eq. 5     policy_gradient_loss
 
 The equations (README.md derives them)
-    Eq. 1   J(θ) = E[ Σ_t r_t ]                                  what we want to be large
-    Eq. 2   ∇J(θ) = E[ Σ_t ∇ log π_θ(a_t|s_t) · (G_t − b_t) ]    the policy gradient (exact at γ = 1); needs no model of physics
-    Eq. 3   G_t = r_t + γ·G_{t+1}                                reward-to-go: an action cannot change the past
-    Eq. 4   b_t = mean of G_t over the other episodes alive at t a yardstick that does not depend on the action judged
-    Eq. 5   L(θ) = −1/N · Σ_i Σ_t m_t·log π_θ(a_t|s_t)·(G_t − b_t)   its gradient is minus Eq. 2; m_t = 0 after the end
+    Eq. 1   J(θ) = E[ Σ_t r_t ]                                what we want to be large
+    Eq. 2   ∇J(θ) = E[ Σ_t ∇log π_θ(a_t|s_t)·(G_t − b_t) ]     the policy gradient (exact at γ = 1)
+    Eq. 3   G_t = r_t + γ·G_{t+1}                              reward-to-go
+    Eq. 4   b_t = mean of G_t over the OTHER episodes that are alive at step t
+    Eq. 5   L(θ) = −1/N · Σ_i Σ_t m_t·log π_θ(a_t|s_t)·(G_t − b_t)      m_t = 0 after the end
 
-First lesson, so everything is new. Deliberately left out: a learned value function (the next lessons), an entropy
-bonus, gradient clipping, learning-rate schedules: CartPole does not need them.
+This is the first lesson, so everything is new. Deliberately left out: a learned value function (the
+next lessons), an entropy bonus, gradient clipping, learning-rate schedules.
 
-Sources: Williams 1992 (REINFORCE); Sutton et al. 1999 (policy gradient theorem); Kool, van Hoof, Welling 2019 and
-arXiv 2402.14740 (leave-one-out baseline). Shapes: T time steps, N episodes played side by side, one per environment.
+Sources: Williams 1992 (REINFORCE); Sutton et al. 1999 (policy gradient theorem); Kool, van Hoof,
+Welling 2019 and arXiv 2402.14740 (leave-one-out baseline).
+Shapes: T time steps; N episodes played side by side, one per environment.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6"]
 # ///
 import argparse
 import csv
@@ -35,9 +37,11 @@ import json
 import math
 import os
 import platform
+import shlex
+import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import gymnasium as gym
@@ -46,43 +50,51 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-MAX_STEPS = 500               # CartPole-v1 cuts an episode here (a time limit, not a failure)
-GREEDY_TARGET, SAMPLED_TARGET, RANDOM_RETURN = 500.0, 475.0, 22.0
+MAX_STEPS = 500               # CartPole-v1 cuts an episode here: a time limit, not a failure
+GREEDY_TARGET, SAMPLED_TARGET = 500.0, 475.0
 BREAKS = ("no-baseline", "no-reward-to-go", "wrong-sign", "endless-episodes", "whiten-episode")
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: its default, the text that `--help` shows, and the range of its values (above, low, high)."""
+    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
 class Config:
-    seed: int = hp(1, "seeds the weights, the action noise and the environments; same seed, same run", low=0, high=999)
-    lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: still falling over after 50 updates", above=0)
-    gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, but the far future stops counting", above=0, high=1)
-    batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps, any bug is fatal. Too high: good steps, but few of them", low=2, high=4096)
-    hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly. Too high: only costs time", low=1, high=65536)
-    max_updates: int = hp(300, "gives up after this many updates", low=1)
-    eval_episodes: int = hp(100, "fresh episodes that decide whether the task is solved", low=1, high=100_000)
-    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
+    # Evaluation plays on seeds from 1,000,000 on; training must never reach them
+    seed: int = hp(1, "same seed, same run", low=0, high=999)
+    lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: "
+                   "still falling over after 50 updates", above=0)
+    gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, "
+                      "but the far future stops counting", above=0, high=1)
+    batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps, any bug is fatal. "
+                             "Too high: good steps, but few of them", low=2, high=4096)
+    hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly",
+                     low=1, high=65536)
+    updates: int = hp(300, "gives up after this many updates", low=1)
+    eval_episodes: int = hp(100, "fresh episodes that decide whether the task is solved",
+                            low=1, high=100_000)
+    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
+                     choices=("", *BREAKS))
 
 
-# ---- the task and the policy ----------------------------------------------------------------------------------------
+# ---- the task and the policy ------------------------------------------------------------------
 
 def make_envs(num_envs, seed):
-    """N CartPoles whose physics is one NumPy expression. The vector environment takes one seed for all of them."""
+    """N CartPoles that move as one NumPy expression. One seed serves all of them."""
     envs = gym.make_vec("CartPole-v1", num_envs=num_envs, vectorization_mode="vector_entry_point")
     envs.reset(seed=seed)     # later resets without a seed continue this random stream
     return envs
 
 
 def make_policy(hidden):
-    """Two layers: observation [N, 4] (position, velocity, angle, angular velocity) -> logits [N, 2] (push left, right)."""
+    """From observations [N, 4] (position and velocity of the cart, angle and angular velocity of the
+    pole) to logits [N, 2] (push left, push right)."""
     return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2))
 
 
-# ---- the mathematics: tensors in, tensors out -----------------------------------------------------------------------
+# ---- the mathematics: tensors in, tensors out -------------------------------------------------
 
 def rewards_to_go(rewards, gamma):
     """Discounted sum of the rewards from each step to the end (Eq. 3).
@@ -90,52 +102,58 @@ def rewards_to_go(rewards, gamma):
     rewards [T, N], 0 after an episode's end; gamma in (0, 1]. Returns [T, N].
     Example: rewards (1, 1, 1) at γ = 0.5 give (1.75, 1.5, 1).
     """
-    returns = torch.zeros_like(rewards)                           # [T, N]
-    following = torch.zeros_like(rewards[0])                      # [N]  G_{t+1}, 0 behind the last step
+    returns = torch.zeros_like(rewards)                                 # [T, N]
+    following = torch.zeros_like(rewards[0])                            # [N]: G_{t+1}, 0 at the end
     for t in reversed(range(len(rewards))):
         # Eq. 3  G_t = r_t + γ·G_{t+1}
-        following = rewards[t] + gamma * following
+        following = rewards[t] + gamma * following                      # [N]
         returns[t] = following
     return returns
 
 
 def leave_one_out_baseline(returns, mask):
-    """Mean reward-to-go of the OTHER episodes still alive at the same step (Eq. 4); 0 where there is no other.
+    """Mean reward-to-go of the OTHER episodes that are alive at the same step (Eq. 4), else 0.
 
-    returns, mask [T, N], mask 1 while an episode lasts. Returns [T, N].
-    Episode i's baseline contains nothing of episode i, so E[∇ log π · b] = b · ∇ Σ_a π(a) = b · ∇ 1 = 0: subtracting it
-    leaves the expected gradient unchanged. A mean over all episodes, i included, would scale step t by 1 − 1/n_t, n_t being the
-    number alive: a different factor at every step, so the direction would be wrong too.
+    returns, mask [T, N]; the mask is 1 while an episode lasts. Returns [T, N].
+    The baseline of episode i holds nothing of episode i, so on average it changes nothing:
+    E[∇log π · b] = b · ∇ Σ_a π(a) = b · ∇1 = 0. A mean over ALL episodes would scale step t by
+    1 − 1/n_t, n_t being the number alive: another factor at every step, so another direction.
     """
-    # Returns shrink towards an episode's end (less time is left), so the yardstick has to depend on the time step. Those
-    # who have fallen are left out of the mean: we ask "better than others in my place", and my place is alive at step t.
-    total = (returns * mask).sum(dim=1, keepdim=True)             # [T, 1]
-    alive = mask.sum(dim=1, keepdim=True)                         # [T, 1]
+    # Returns shrink towards an episode's end, because less time is left. So the baseline depends on
+    # the step: "better than others in my place", and my place is being alive at step t.
+    total = (returns * mask).sum(dim=1, keepdim=True)                   # [T, 1]
+    alive = mask.sum(dim=1, keepdim=True)                               # [T, 1]
+    others = (alive - 1).clamp(min=1)                                   # [T, 1]: no division by 0
     # Eq. 4  b_t = (Σ_j m_t·G_t − own G_t) / (number alive − 1)
-    return (total - returns * mask) / (alive - 1).clamp(min=1) * mask
+    return (total - returns * mask) / others * mask                     # [T, N]
 
 
 def policy_gradient_loss(logprobs, advantages, mask):
-    """A function whose gradient is minus the policy gradient (Eq. 5). Its value means nothing; watch the return.
+    """A scalar whose gradient is minus the policy gradient (Eq. 5). Its value means nothing.
 
-    logprobs [T, N] of the actions taken, with gradient; advantages [T, N], constants; mask [T, N]. Returns a scalar.
-    Divided by the number of episodes, not of steps: the step count depends on the policy, and dividing by a random number
-    that is correlated with the sum would bias the estimate.
+    logprobs [T, N] of the actions taken, with gradient; advantages [T, N], constants; mask [T, N].
+    Divided by the number of episodes, not of steps: the number of steps depends on the policy, and
+    dividing by a random number that goes along with the sum would bias the estimate.
     """
-    assert not advantages.requires_grad, "advantages are data: a gradient through them would be another algorithm"
-    # Where A > 0 the gradient raises log π(a_t|s_t), where A < 0 it lowers it; a row with m = 0 contributes nothing.
-    # Eq. 5  minus sign because the optimiser descends and we want to climb
-    return -(logprobs * advantages * mask).sum() / logprobs.shape[1]
+    assert not advantages.requires_grad, "a gradient through the advantages is another algorithm"
+    N = logprobs.shape[1]
+    # Eq. 5  A > 0 makes an action more likely, A < 0 less. The minus sign turns the optimizer's
+    # descent into the ascent that we want.
+    return -(logprobs * advantages * mask).sum() / N
 
 
-# ---- collect, evaluate, update --------------------------------------------------------------------------------------
+# ---- playing ----------------------------------------------------------------------------------
 
 def collect(envs, policy, generator, greedy=False):
     """Plays one whole episode in each environment.
 
-    Returns a dictionary of tensors: obs [T, N, 4], actions [T, N], rewards [T, N], mask [T, N] (1 while the episode
-    lasts). T is the longest episode's length. An environment whose episode is over is reset by its next step and goes on
-    with another one; those rows are played, because the vector moves as one, and masked out.
+    Returns a dictionary of tensors: obs [T, N, 4], actions [T, N], rewards [T, N], mask [T, N] (1
+    while the episode lasts). T is the longest episode's length. The environments move as one: one
+    whose episode is over is reset and plays on, and the mask removes what it plays.
+
+        N = 3, T = 4        episode 0   1 1 1 1
+                     mask   episode 1   1 1 0 0      fell after two steps
+                            episode 2   1 1 1 0
     """
     N = envs.num_envs
     obs_buffer = np.zeros((MAX_STEPS, N, 4), np.float32)
@@ -143,20 +161,25 @@ def collect(envs, policy, generator, greedy=False):
     rewards_buffer = np.zeros((MAX_STEPS, N), np.float32)
     mask_buffer = np.zeros((MAX_STEPS, N), np.float32)
     device = next(policy.parameters()).device
-    # Gumbel-max: argmax(logits + Gumbel noise) is a sample from softmax(logits). Drawing the noise for the whole batch at
-    # once is several times faster than building a Categorical distribution at every step.
-    noise = -torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator).log().to(device)      # [T, N, 2]
+    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a sample from softmax(logits). All the
+    # noise at once is several times faster than a Categorical distribution at every step.
+    uniform = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
+    noise = -uniform.log().to(device)                                   # [MAX_STEPS, N, 2]
     obs, _ = envs.reset()
     alive = np.ones(N, bool)
     t = 0
-    with torch.inference_mode():                                  # acting builds no graph; update() recomputes log π
+    with torch.inference_mode():      # acting needs no gradient: update() computes log π once more
         while alive.any():
-            logits = policy(torch.from_numpy(obs).to(device))     # [N, 2]
-            actions = (logits if greedy else logits + noise[t]).argmax(dim=-1).cpu().numpy()      # [N]
-            obs_buffer[t], actions_buffer[t], mask_buffer[t] = obs, actions, alive
+            logits = policy(torch.from_numpy(obs).to(device))           # [N, 2]
+            if not greedy:
+                logits = logits + noise[t]
+            actions = logits.argmax(dim=-1).cpu().numpy()               # [N]
+            obs_buffer[t] = obs
+            actions_buffer[t] = actions
+            mask_buffer[t] = alive
             obs, rewards_buffer[t], terminated, truncated, _ = envs.step(actions)
-            # Over when the pole fell (terminated) or time ran out (truncated). The objective is the return within 500
-            # steps, so both end the sum. A method that estimates the future beyond (the PPO lesson) must tell them apart.
+            # The pole fell (terminated) or time ran out (truncated). Our objective is the return
+            # within 500 steps, so both end the sum. The PPO lesson must tell them apart.
             alive &= ~(terminated | truncated)
             t += 1
     buffers = dict(obs=obs_buffer, actions=actions_buffer, rewards=rewards_buffer, mask=mask_buffer)
@@ -164,126 +187,171 @@ def collect(envs, policy, generator, greedy=False):
 
 
 def evaluate(policy, episodes, seed):
-    """Fresh episodes with the greedy and with the sampled policy.
+    """Fresh episodes (Eq. 1), once with the likelier action each time, once with sampled actions.
 
-    Returns {"greedy": …, "sampled": …}, each with mean, std (unbiased), min, episodes, fraction_solved (return ≥ 475).
+    Returns {"greedy": …, "sampled": …}, each with mean, std (unbiased), min, episodes, and
+    fraction_solved: the share of episodes with a return of at least 475.
     """
     results = {}
     for name in ("greedy", "sampled"):
-        envs, generator = make_envs(episodes, seed), torch.Generator().manual_seed(seed)
+        envs = make_envs(episodes, seed)
+        generator = torch.Generator().manual_seed(seed)
         batch = collect(envs, policy, generator, greedy=name == "greedy")
-        returns = (batch["rewards"] * batch["mask"]).sum(dim=0)   # [episodes]
-        results[name] = dict(mean=returns.mean().item(), std=returns.std().item() if episodes > 1 else 0.0,
-                             min=returns.min().item(), episodes=episodes,
+        returns = (batch["rewards"] * batch["mask"]).sum(dim=0)         # [episodes]
+        results[name] = dict(mean=returns.mean().item(),
+                             std=returns.std().item() if episodes > 1 else 0.0,
+                             min=returns.min().item(),
+                             episodes=episodes,
                              fraction_solved=(returns >= SAMPLED_TARGET).float().mean().item())
     return results
 
 
-def update(policy, optimizer, batch, config):
-    """One gradient step on one batch of whole episodes. Returns the diagnostics of the step."""
-    mask = batch["mask"]                                                                # [T, N]
-    if config.broken == "endless-episodes":
-        mask = torch.ones_like(mask)                              # BREAK: rewards of the next episode leak into this one
-    returns = rewards_to_go(batch["rewards"] * mask, config.gamma)                      # [T, N]
-    if config.broken == "no-reward-to-go":
-        returns = returns[0].expand_as(returns)                   # BREAK: every action is paid the whole episode's return
-    baseline = leave_one_out_baseline(returns, mask)                                    # [T, N]
-    if config.broken == "no-baseline":
-        baseline = torch.zeros_like(baseline)                     # BREAK: all returns are positive, all actions are pushed up
-    advantages = (returns - baseline) * mask                                            # [T, N]
-    if config.broken == "whiten-episode":
-        advantages = whiten_within_episode(returns, mask)         # BREAK: late actions are punished, even in a perfect episode
+# ---- one update -------------------------------------------------------------------------------
 
-    # The policy is evaluated a second time, now with a graph, on all T·N rows in one matrix product. It still holds the
-    # weights that acted: one update per batch, then the data are thrown away (on-policy). PPO reuses them.
-    logits = policy(batch["obs"])                                                       # [T, N, 2]
-    all_logprobs = torch.log_softmax(logits, dim=-1)                                    # [T, N, 2]
-    logprobs = all_logprobs.gather(-1, batch["actions"].unsqueeze(-1)).squeeze(-1)      # [T, N]
+def update(policy, optimizer, batch, config):
+    """One gradient step on one batch of whole episodes (Eq. 2). Returns what to watch."""
+    mask = batch["mask"]                                                # [T, N]
+    returns = rewards_to_go(batch["rewards"] * mask, config.gamma)      # [T, N]
+    baseline = leave_one_out_baseline(returns, mask)                    # [T, N]
+    advantages = (returns - baseline) * mask                            # [T, N]
+    if config.broken:
+        mask, returns, advantages = sabotage(batch, config)             # BREAK
+    # The policy looks at all T·N observations again, now with a gradient. It still holds the
+    # weights that acted: one update per batch, then the data are thrown away (on-policy).
+    logits = policy(batch["obs"])                                       # [T, N, 2]
+    all_logprobs = torch.log_softmax(logits, dim=-1)                    # [T, N, 2]
+    actions = batch["actions"].unsqueeze(-1)                            # [T, N, 1]
+    logprobs = all_logprobs.gather(-1, actions).squeeze(-1)             # [T, N]
+    # A constant factor in front of the loss would change nothing: Adam divides each gradient by
+    # its own running size
     loss = policy_gradient_loss(logprobs, advantages, mask)
-    if config.broken == "wrong-sign":
-        loss = -loss                                              # BREAK: descends the return
-    # No fixed scale in front of the loss: Adam divides each gradient by its own running size, so a constant cancels.
     optimizer.zero_grad()
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), math.inf)                 # inf: measures, does not clip
-    if not torch.isfinite(grad_norm):
+    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), math.inf)     # inf: only measures
+    if not torch.isfinite(grad_norm):                 # before it can touch the weights
         raise FloatingPointError("the gradient is not finite")
     optimizer.step()
-
-    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)                          # [T, N] nats; log 2 = .693 is a coin
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)          # [T, N] nats; a coin: .693
     alive = mask.bool()
     return dict(loss=loss.item(), entropy=entropy[alive].mean().item(), grad_norm=grad_norm.item(),
-                return_to_go_std=returns[alive].std().item(), advantage_std=advantages[alive].std().item())
+                return_to_go_std=returns[alive].std().item(),
+                advantage_std=advantages[alive].std().item())
+
+
+def sabotage(batch, config):
+    """What --break does: (mask, returns, advantages), each [T, N], with one mistake in them."""
+    mask = batch["mask"]
+    if config.broken == "endless-episodes":           # the next episode counts as part of this one
+        mask = torch.ones_like(mask)
+    returns = rewards_to_go(batch["rewards"] * mask, config.gamma)
+    if config.broken == "no-reward-to-go":            # every action is paid the whole return
+        returns = returns[0].expand_as(returns)
+    baseline = leave_one_out_baseline(returns, mask)
+    if config.broken == "no-baseline":                # all returns are positive: all are pushed up
+        baseline = torch.zeros_like(baseline)
+    advantages = (returns - baseline) * mask
+    if config.broken == "whiten-episode":             # late actions are punished, even perfect ones
+        advantages = whiten_within_episode(returns, mask)
+    if config.broken == "wrong-sign":                 # descends the return
+        advantages = -advantages
+    return mask, returns, advantages
 
 
 def whiten_within_episode(returns, mask):
-    """The famous mistake (--break whiten-episode): each episode's returns shifted and scaled to mean 0, std 1 over time."""
-    length = mask.sum(dim=0)                                                            # [N]
-    mean = (returns * mask).sum(dim=0) / length                                         # [N]
-    variance = ((returns - mean).square() * mask).sum(dim=0) / length                   # [N]
-    return (returns - mean) / (variance.sqrt() + 1e-8) * mask                           # [T, N]
+    """The famous mistake: each episode's returns shifted and scaled to mean 0, std 1 over time."""
+    length = mask.sum(dim=0)                                            # [N]
+    mean = (returns * mask).sum(dim=0) / length                         # [N]
+    variance = ((returns - mean).square() * mask).sum(dim=0) / length   # [N]
+    return (returns - mean) / (variance.sqrt() + 1e-8) * mask           # [T, N]
 
 
-# ---- the training loop ----------------------------------------------------------------------------------------------
+# ---- the training loop ------------------------------------------------------------------------
 
-def train(config, device, log=print):
-    """Trains until solved, until max_updates, or until Ctrl-C.
+def train(config, out, device, log=print):
+    """Trains until the task is solved, or for config.updates. Writes into the directory `out`.
 
-    Returns (state_dicts of the best and of the last policy, summary, rows for metrics.csv, rows for timing.csv).
-    "Best" is the policy that played the best batch so far, or the one that solved the task. The last one is often worse:
-    nothing in Eq. 5 keeps a good policy good, and one unlucky batch can take a large step away from it.
+    Returns figures for train.json. The weights kept as best.pt are those that solved the task, else
+    those that played the best batch. The last ones are often worse: nothing in Eq. 5 keeps a good
+    policy good, and one unlucky batch can take a large step away from it.
     """
     torch.manual_seed(config.seed)
     policy = make_policy(config.hidden).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr)
     envs = make_envs(config.batch_episodes, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    best_return, best_state = -math.inf, None
-    metrics, timing, seconds, env_steps, checks, solved, interrupted, error = [], [], 0.0, 0, 0, False, False, ""
-    log(f"{'update':>6} {'episodes':>8} {'steps':>8} {'return':>7} {'min':>5} {'max':>5} {'entropy':>8} "
-        f"{'std G':>7} {'std A':>7} {'|grad|':>7} {'steps/s':>9}")
+    state = dict(update=0, env_steps=0, checks=0, solved=False, best_return=-math.inf, best=None,
+                 rows=[], clock=[])
+    log(table_line())
     try:
-        for number in range(1, config.max_updates + 1):
+        while state["update"] < config.updates and not state["solved"]:
+            number = state["update"] + 1
             start = time.perf_counter()
             batch = collect(envs, policy, generator)
-            returns = (batch["rewards"] * batch["mask"]).sum(dim=0)                     # [N] undiscounted: the score
-            env_steps += batch["mask"].numel()                    # every stepped row counts, the masked ones too
-            seconds += time.perf_counter() - start
-            if returns.mean() > best_return:                      # this batch was played by the weights we hold now
-                best_return = returns.mean().item()
-                best_state = {name: value.detach().clone() for name, value in policy.state_dict().items()}
-            if returns.mean() >= SAMPLED_TARGET:
-                # N episodes may be lucky. Fresh episodes decide, and the weights they judged are the ones kept.
-                checks += 1
-                check = evaluate(policy, config.eval_episodes, seed=1_000_000 + 1_000 * config.seed + number)
-                if check["greedy"]["mean"] >= GREEDY_TARGET and check["sampled"]["mean"] >= SAMPLED_TARGET:
-                    solved, best_state = True, policy.state_dict()
-            start = time.perf_counter()
-            row = dict(update=number, episodes=number * config.batch_episodes, env_steps=env_steps,
-                       return_mean=returns.mean().item(), return_min=returns.min().item(), return_max=returns.max().item())
-            if not solved:
+            state["env_steps"] += batch["mask"].numel()     # masked rows were played too
+            row = dict(update=number, episodes=number * config.batch_episodes,
+                       env_steps=state["env_steps"]) | describe(batch)
+            if row["return_mean"] > state["best_return"]:
+                state["best_return"] = row["return_mean"]
+                state["best"] = copy_of_weights(policy)
+            check_start = time.perf_counter()
+            if row["return_mean"] >= SAMPLED_TARGET:
+                # N episodes may be lucky. Fresh ones decide, and the weights they judged are kept
+                state["checks"] += 1
+                seed = 1_000_000 + 1_000 * config.seed + number
+                state["solved"] = is_solved(evaluate(policy, config.eval_episodes, seed))
+            check_seconds = time.perf_counter() - check_start
+            if state["solved"]:
+                state["best"] = copy_of_weights(policy)
+            else:
                 row |= update(policy, optimizer, batch, config)
-            seconds += time.perf_counter() - start
-            metrics.append(row)
-            timing.append(dict(update=number, train_seconds=seconds, steps_per_second=env_steps / seconds))
-            log(f"{number:6d} {row['episodes']:8d} {env_steps:8d} {row['return_mean']:7.1f} {row['return_min']:5.0f} "
-                f"{row['return_max']:5.0f} " + ("  solved" if solved else
-                f"{row['entropy']:8.3f} {row['return_to_go_std']:7.2f} {row['advantage_std']:7.2f} {row['grad_norm']:7.2f} "
-                f"{env_steps / seconds:9,.0f}"))
-            if solved:
-                break
-    except KeyboardInterrupt:
-        interrupted = True
-    except FloatingPointError as problem:
-        error = f"{problem} in update {number}; try a lower --lr"
-    if not metrics:
-        fail(error or "interrupted before the first update was complete: there are no weights to keep")
-    summary = dict(solved=solved, interrupted=interrupted, error=error, updates=len(metrics), env_steps=env_steps, checks=checks,
-                   episodes=len(metrics) * config.batch_episodes, train_seconds=seconds)
-    return dict(best=best_state, last=policy.state_dict()), summary, metrics, timing
+            seconds = time.perf_counter() - start - check_seconds
+            state["update"] = number
+            state["rows"].append(row)
+            state["clock"].append(dict(update=number, seconds=seconds, check_seconds=check_seconds))
+            log(table_line(row | state["clock"][-1]))
+    finally:                          # after Ctrl-C or an error too: the best weights so far stay
+        save_run(out, policy, state)
+    return dict(solved=state["solved"], updates=state["update"], env_steps=state["env_steps"],
+                checks=state["checks"], episodes=state["update"] * config.batch_episodes,
+                train_seconds=sum(row["seconds"] for row in state["clock"]))
 
 
-# ---- files, plot, command line --------------------------------------------------------------------------------------
+def describe(batch):
+    """The score of a batch: undiscounted returns."""
+    returns = (batch["rewards"] * batch["mask"]).sum(dim=0)             # [N]
+    return dict(return_mean=returns.mean().item(), return_min=returns.min().item(),
+                return_max=returns.max().item())
+
+
+def is_solved(judged):
+    """Whether an evaluation reaches both targets."""
+    return judged["greedy"]["mean"] >= GREEDY_TARGET and judged["sampled"]["mean"] >= SAMPLED_TARGET
+
+
+def copy_of_weights(policy):
+    return {name: value.detach().clone() for name, value in policy.state_dict().items()}
+
+
+# ==== The first reading ends here: what follows turns the algorithm into a program (files, checks,
+# ==== command line). Nothing below changes what is learnt. =======================================
+
+# ---- what the console and the files show ------------------------------------------------------
+
+# (key in the row, heading, format); a row may lack a key
+COLUMNS = (("update", "update", "d"), ("episodes", "episodes", "d"), ("env_steps", "steps", ",d"),
+           ("return_mean", "return", ".1f"), ("return_min", "min", ".0f"),
+           ("return_max", "max", ".0f"), ("entropy", "entropy", ".3f"),
+           ("return_to_go_std", "std G", ".2f"), ("advantage_std", "std A", ".2f"),
+           ("grad_norm", "gradient", ".1f"), ("seconds", "seconds", ".3f"))
+
+
+def table_line(row=None):
+    """One line of the console's table: the headings, or a row."""
+    if row is None:
+        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+    cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
+    return " ".join(f"{cell:>8}" for cell in cells)
+
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
@@ -292,137 +360,175 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
 
 
-def csv_text(rows):
+def write_table(path, rows):
+    """Rows as CSV, six significant digits; a row may lack columns that others have."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(max(rows, key=len)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
-    return text.getvalue()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                         for name, value in row.items()})
+    write(path, text.getvalue())
 
 
-def plot_curve(path, metrics, config):
-    import matplotlib                                             # imported here: training need not wait for it
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    episodes = [row["episodes"] for row in metrics]
-    returns = np.array([row["return_mean"] for row in metrics])
-    smooth = [returns[max(0, i - 4):i + 1].mean() for i in range(len(returns))]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=[2, 1], layout="constrained")
-    top.fill_between(episodes, [row["return_min"] for row in metrics], [row["return_max"] for row in metrics], alpha=0.12)
-    top.plot(episodes, returns, alpha=0.4, label="mean of the batch (band: worst and best episode)")
-    top.plot(episodes, smooth, color="C0", linewidth=2.5, label="last 5 batches")
-    top.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
-    top.axhline(SAMPLED_TARGET, color="C2", linestyle="--", label="target")
-    top.set(ylabel="return", ylim=(0, 520), title=f"REINFORCE on CartPole-v1, seed {config.seed}" +
-            (f"   BROKEN: {config.broken}" if config.broken else ""))
-    top.legend(loc="upper left", fontsize=8)
-    rows = [row for row in metrics if "loss" in row]
-    bottom.plot([row["episodes"] for row in rows], [row["return_to_go_std"] for row in rows], color="C3", label="std of G")
-    bottom.plot([row["episodes"] for row in rows], [row["advantage_std"] for row in rows], color="C4", label="std of G − b")
-    bottom.set(xlabel="episodes", ylabel="what the baseline removes", ylim=(0, None))
-    bottom.legend(loc="upper left", fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    plt.close(figure)
-    write(path, picture.getvalue())
+def save(path, weights):
+    """A dictionary of tensors as a file."""
+    content = io.BytesIO()
+    torch.save(weights, content)
+    write(path, content.getvalue())
+
+
+def save_run(out, policy, state):
+    """Weights and tables of the updates that are complete."""
+    if state["rows"]:
+        save(out / "best.pt", state["best"])
+        save(out / "last.pt", policy.state_dict())
+        write_table(out / "metrics.csv", state["rows"])
+        write_table(out / "timing.csv", state["clock"])
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+def flag_of(f):
+    return f.metadata.get("flag", "--" + f.name.replace("_", "-"))
 
 
 def check(config):
+    """Ends with an error where a value is of the wrong type or out of its range."""
     for f in fields(Config):
         value, rule = getattr(config, f.name), f.metadata
-        if f.type is not str and not (rule.get("above", -math.inf) < value < math.inf and rule.get("low", value) <= value <= rule.get("high", value)):
-            words = [f"{word} {rule[key]:,}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most")) if key in rule]
-            fail(f"--{f.name.replace('_', '-')} must be {' and '.join(words)}, not {value}")
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
+        if value not in rule.get("choices", (value,)):
+            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
+            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+        if f.type in (int, float):
+            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
+            high = rule.get("high", math.inf)
+            if not (low <= value <= high and above < value < math.inf):
+                words = dict(above="above", low="at least", high="at most")
+                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
+                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
 
 
 def parse_args():
+    """(flags of Config that were given, all other arguments)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
+    algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        parser.add_argument(f.metadata.get("flag", "--" + f.name.replace("_", "-")), dest=f.name, type=f.type, default=f.default,
-                            choices=f.metadata.get("choices"), metavar=f.type.__name__.upper() if f.default != "" else "NAME",
-                            help=f.metadata["help"] + (f" (default {f.default})" if f.default != "" else ""))
-    parser.add_argument("--out", type=Path, help="directory of this run (default: runs/<time>_seed<k> beside the script)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                        help="auto is the CPU here: for a network this small a GPU only adds waiting")
-    parser.add_argument("--smoke", action="store_true", help="3 updates, to see that everything runs")
-    parser.add_argument("--quiet", action="store_true", help="no output but errors")
+        text = f.metadata["help"].replace("%", "%%")
+        text += f" (default {f.default})" if f.default != "" else ""
+        algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
+                               metavar=f.type.__name__.upper())
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path,
+                       help="the run's directory (default: runs/<time>_seed<k>)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                         help="auto is the CPU: for so small a network a GPU only adds waiting")
+    machine.add_argument("--smoke", action="store_true", help="3 tiny updates: does it run?")
+    machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
-    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
-    check(config)
-    if args.device == "cuda" and not torch.cuda.is_available() or args.device == "mps" and not torch.backends.mps.is_available():
+    given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not has.get(args.device, True):
         fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
-    if args.smoke:
-        config = replace(config, max_updates=3, eval_episodes=4)
-    args.out = args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}"
+    return given, args
+
+
+def new_run(given, args):
+    """The configuration of a new run: defaults, then --smoke, and the flags."""
+    smoke = dict(updates=3, eval_episodes=4) if args.smoke else {}
+    config = Config(**(smoke | given))
+    check(config)
+    return config
+
+
+def open_directory(out, config):
+    """Makes the run's directory with its config.json; an error if it holds something already."""
     try:
-        used = args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out} exists and is not an empty directory; choose another name")
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     except OSError as problem:
-        fail(f"--out {args.out} cannot be used ({problem.strerror}); choose another directory")
-    if used:
-        fail(f"--out {args.out} exists and is not an empty directory; nothing was overwritten, choose another name")
-    return config, args
+        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
+
+
+def command_of(config):
+    """The command line that makes a run of this configuration."""
+    words = ["python", Path(__file__).name]
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if value != f.default:
+            words += [flag_of(f), shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def start_judge(out, args):
+    """Starts the eval script on the run: it writes eval.json and curve.png, prints the verdict."""
+    script = HERE / "cartpole_eval.py"
+    if not script.exists():
+        print(f"{script.name} is not beside this script, so nothing judges the run")
+        return
+    command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
+    status = subprocess.run(command).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def interrupted(out):
+    """Says after Ctrl-C what is there; exit status 130."""
+    words = [sys.executable, str(HERE / "cartpole_eval.py"), "--weights", str(out)]
+    print("\ninterrupted: " + (f"judge the best weights so far with {shlex.join(words)}"
+                               if (out / "best.pt").exists() else "before the first update"),
+          file=sys.stderr)
+    raise SystemExit(130)
 
 
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")                  # a Windows pipe may not know α
-    config, args = parse_args()
-    log = (lambda *text: None) if args.quiet else lambda text: print(text, flush=True)
-    torch.set_num_threads(1)      # a network this small is faster on one core than shared between two
+            stream.reconfigure(errors="replace")      # a Windows pipe may not know α
+    given, args = parse_args()
+    config = new_run(given, args)
+    torch.set_num_threads(1)          # a network this small is faster on one core than on two
     device = torch.device("cpu" if args.device == "auto" else args.device)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__)
-    log("REINFORCE on CartPole-v1 · " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    log(f"device {device} · {sum(p.numel() for p in make_policy(config.hidden).parameters())} parameters · seed {config.seed} · "
-        f"expect: solved within 250 to 550 episodes, about a second" + (f" · BROKEN: {config.broken}" if config.broken else ""))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another directory")
-    states, result, metrics, timing = train(config, device, log)
-    for name, state in states.items():
-        weights = io.BytesIO()
-        torch.save(state, weights)
-        write(args.out / f"{name}.pt", weights.getvalue())
-    write(args.out / "metrics.csv", csv_text(metrics))
-    write(args.out / "timing.csv", csv_text(timing))
-    policy = make_policy(config.hidden).to(device)
-    policy.load_state_dict(states["best"])
-    result |= evaluate(policy, config.eval_episodes, seed=2_000_000 + config.seed)      # seeds that decided nothing
-    write(args.out / "eval.json", json.dumps({name: result[name] for name in ("greedy", "sampled")}, indent=1) + "\n")
-    command = "python train_cartpole.py" + "".join(
-        f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))} {getattr(config, f.name)}"
-        for f in fields(Config) if getattr(config, f.name) != f.default)
-    write(args.out / "train.json", json.dumps(dict(command=command, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
-    plot_curve(args.out / "curve.png", metrics, config)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
+    out = args.out or HERE / "runs" / name
+    open_directory(out, config)
 
-    verdict = (f"SOLVED after {result['episodes']} episodes, {result['env_steps']:,} steps, {result['train_seconds']:.2f} s of training"
-               if result["solved"] else "INTERRUPTED: kept the best weights so far" if result["interrupted"] else
-               f"NOT solved in {result['updates']} updates: kept the best weights")
-    log(f"{verdict}\n{config.eval_episodes} fresh episodes: greedy {result['greedy']['mean']:.1f} (target {GREEDY_TARGET:.0f}), "
-        f"sampled {result['sampled']['mean']:.1f} (target {SAMPLED_TARGET:.0f})")
-    log(f"weights, metrics and curve are in {args.out}")
-    log(f"Look at curve.png: how much of the scatter of G the baseline takes away. Then: python {HERE / 'cartpole_eval.py'} "
-        f"--weights {args.out} --render human")
-    if result["error"]:
-        fail(f"{result['error']}; the best weights so far are in {args.out / 'best.pt'}")
-    if result["interrupted"]:
-        raise SystemExit(130)                                     # the convention for Ctrl-C: in a shell loop write "|| break"
+    log = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
+    versions = dict(python=platform.python_version(), torch=torch.__version__,
+                    gymnasium=gym.__version__, numpy=np.__version__)
+    log("REINFORCE · " + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f" · {device} · seed {config.seed}")
+    log("expect with the default settings: about a second, solved within 250 to 550 episodes"
+        + (f" · BROKEN: {config.broken}" if config.broken else ""))
+    try:
+        result = train(config, out, device, log)
+    except FloatingPointError as problem:
+        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
+    except KeyboardInterrupt:
+        interrupted(out)
+    about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+    write(out / "train.json", json.dumps(about, indent=1) + "\n")
+    log(f"weights and tables are in {out}")
+    if not args.smoke:
+        start_judge(out, args)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        fail("interrupted while the result was judged or written; what is complete is in the run's directory")
-    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+    except BrokenPipeError:                           # whoever read our output (head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)

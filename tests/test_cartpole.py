@@ -1,8 +1,13 @@
 """CartPole with REINFORCE: the mathematics against exact enumeration, the bookkeeping against Gymnasium, the scripts as used."""
+import csv
 import itertools
 import json
+import math
+import os
 import pickle
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,7 +246,8 @@ def test_default_run_solves_and_says_so(solved):
     out, process = solved
     assert "SOLVED" in process.stdout
     result = json.loads((out / "train.json").read_text())["result"]
-    assert result["solved"] and result["greedy"]["mean"] >= 475 and result["sampled"]["mean"] >= 450 and result["train_seconds"] < 5
+    judged = json.loads((out / "eval.json").read_text())
+    assert result["solved"] and judged["greedy"]["mean"] >= 475 and judged["sampled"]["mean"] >= 450 and result["train_seconds"] < 5
     assert {path.name for path in out.iterdir()} == {"best.pt", "last.pt", "config.json", "curve.png", "eval.json", "metrics.csv",
                                                      "timing.csv", "train.json"}
     assert set(json.loads((out / "eval.json").read_text())["greedy"]) == {"mean", "std", "min", "episodes", "fraction_solved"}
@@ -269,9 +275,30 @@ def test_shipped_weights_come_from_the_committed_script(solved):
             pytest.skip("this machine's arithmetic differs from the one that made the shipped weights")
 
 
-def test_wrong_sign_learns_to_fall():
-    _, result, metrics, _ = train.train(train.Config(broken="wrong-sign", max_updates=40), torch.device("cpu"), lambda _: None)
-    assert metrics[-1]["return_mean"] < 12 and not result["solved"]
+def rows_of(out):
+    with (out / "metrics.csv").open(encoding="utf8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_wrong_sign_learns_to_fall(tmp_path):
+    result = train.train(train.Config(broken="wrong-sign", updates=40), tmp_path, torch.device("cpu"), lambda _: None)
+    assert float(rows_of(tmp_path)[-1]["return_mean"]) < 12 and not result["solved"]
+
+
+def test_what_the_broken_variants_break():
+    """sabotage() against the formulas, on a batch of three episodes; without a break it changes nothing."""
+    rewards = torch.ones(4, 3)
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, 0]])
+    batch, returns = dict(rewards=rewards, mask=mask), train.rewards_to_go(rewards * mask, 1.0)
+    advantages = (returns - train.leave_one_out_baseline(returns, mask)) * mask
+    found = {name: train.sabotage(batch, train.Config(broken=name)) for name in ("", *train.BREAKS)}
+    for got, expected in zip(found[""], (mask, returns, advantages)):
+        assert torch.equal(got, expected)
+    assert torch.equal(found["no-baseline"][2], returns * mask)
+    assert torch.equal(found["no-reward-to-go"][1], torch.tensor([4.0, 2, 3]).expand(4, 3))
+    assert torch.equal(found["wrong-sign"][2], -advantages)
+    assert found["endless-episodes"][0].all() and torch.equal(found["endless-episodes"][1][0], torch.full((3,), 4.0))
+    assert torch.equal(found["whiten-episode"][2], train.whiten_within_episode(returns, mask))
 
 
 def test_gif_without_a_display(tmp_path):
@@ -285,7 +312,7 @@ def test_gif_without_a_display(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--lr", "0"], ["--lr", "above 0"]), (["--lr", "nan"], ["--lr"]), (["--gamma", "1.5"], ["--gamma"]), (["--gamma", "0"], ["--gamma"]),
     (["--batch-episodes", "0"], ["--batch-episodes"]), (["--eval-episodes", "0"], ["--eval-episodes"]), (["--learning-rate", "1"], ["--help"]),
-    (["--lr", "fast"], ["--lr"]), (["--break", "everything"], ["no-baseline"]), (["--max-updates", "0"], ["--max-updates"]),
+    (["--lr", "fast"], ["--lr"]), (["--break", "everything"], ["no-baseline"]), (["--updates", "0"], ["--updates"]),
     (["--seed", "-1"], ["--seed"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--out", tmp_path / "out"), *words)
@@ -324,19 +351,51 @@ def test_eval_refuses_bad_weights(kind, words, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--episodes", "0"], ["--json", "no/such/dir/x.json"], ["--json", "."], ["--render", "film"],
-                                       ["--render", "gif", "--out", "."], ["--smoke", "--study", "x"]])
+                                       ["--render", "gif", "--out", "."], ["--smoke", "--run", "x"], ["--run", "x"]])
 def test_eval_refuses_bad_values(arguments):
     assert_one_line_error(call(evaluation, *arguments))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_keeps_the_best_weights(tmp_path):
-    process = subprocess.Popen([sys.executable, str(TRAIN), "--lr", "1e-6", "--max-updates", "100000", "--out", str(tmp_path / "out")],
+    process = subprocess.Popen([sys.executable, str(TRAIN), "--lr", "1e-6", "--updates", "100000", "--out", str(tmp_path / "out")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if re.match(r" +20 ", line):
             break
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "INTERRUPTED" in output and str(tmp_path / "out") in output and not errors
-    assert run(EVAL, "--weights", tmp_path / "out", "--episodes", 4).returncode == 0
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert not {"config.json", "metrics.csv", "timing.csv", "best.pt", "last.pt"} - {path.name for path in (tmp_path / "out").iterdir()}
+    command = shlex.split(errors.split(" with ", 1)[1])           # the printed next step works as printed
+    assert subprocess.run([*command, "--episodes", "4"], capture_output=True).returncode == 0
+
+
+def test_latest_passes_over_smoke_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+    assert_one_line_error(call(evaluation, "--weights", "latest"), "no run")
+    for age, name in enumerate(("20260101-000000_seed1", "20260101-000001_seed1", "20260101-000002_seed1_smoke")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "best.pt").write_bytes(b"")
+        os.utime(tmp_path / "runs" / name / "best.pt", (age, age))
+    assert evaluation.newest_run("best.pt").name == "20260101-000001_seed1"
+
+
+def test_flags_win_over_smoke(tmp_path):
+    process = call(train, "--smoke", "--updates", "1", "--out", tmp_path / "out")
+    assert process.returncode == 0 and len(rows_of(tmp_path / "out")) == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eval_episodes"] == 4
+
+
+def test_alone_the_trainer_says_that_nothing_judges_the_run(tmp_path):
+    shutil.copy(TRAIN, tmp_path)
+    process = run(tmp_path / TRAIN.name, "--updates", 1, "--eval-episodes", 4, "--out", tmp_path / "out")
+    assert process.returncode == 0 and "nothing judges" in process.stdout and (tmp_path / "out" / "best.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_keeps_what_there_is(tmp_path, monkeypatch):
+    calls = []
+    real = train.policy_gradient_loss
+    monkeypatch.setattr(train, "policy_gradient_loss", lambda *a: real(*a) * (math.nan if calls.append(1) or len(calls) == 3 else 1.0))
+    assert_one_line_error(call(train, "--quiet", "--out", tmp_path / "out"), "not finite", "--lr")
+    assert len(rows_of(tmp_path / "out")) == 2 and evaluation.load_policy(tmp_path / "out")
