@@ -41,15 +41,17 @@ REMEDY = "train one with train_cartpole.py, or omit --weights for the shipped po
 # ---- the same code as in train_cartpole.py ----------------------------------------------------
 
 def make_envs(num_envs, seed):
-    """N CartPoles that move as one NumPy expression. One seed serves all of them."""
+    """N CartPoles side by side: one call of step() moves all of them. One seed serves all."""
     envs = gym.make_vec("CartPole-v1", num_envs=num_envs, vectorization_mode="vector_entry_point")
     envs.reset(seed=seed)     # later resets without a seed continue this random stream
     return envs
 
 
 def make_policy(hidden):
-    """From observations [N, 4] (position and velocity of the cart, angle and angular velocity of the
-    pole) to logits [N, 2] (push left, push right)."""
+    """From observations [N, 4] to logits [N, 2] (push left, push right).
+
+    An observation is the cart's position and velocity, and the pole's angle and angular velocity.
+    """
     return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2))
 
 
@@ -57,8 +59,8 @@ def collect(envs, policy, generator, greedy=False):
     """Plays one whole episode in each environment.
 
     Returns a dictionary of tensors: obs [T, N, 4], actions [T, N], rewards [T, N], mask [T, N] (1
-    while the episode lasts). T is the longest episode's length. The environments move as one: one
-    whose episode is over is reset and plays on, and the mask removes what it plays.
+    while the episode lasts). T is the longest episode's length. Gymnasium resets an environment
+    whose episode is over, and it plays on with the others; the mask removes those steps.
 
         N = 3, T = 4        episode 0   1 1 1 1
                      mask   episode 1   1 1 0 0      fell after two steps
@@ -70,14 +72,15 @@ def collect(envs, policy, generator, greedy=False):
     rewards_buffer = np.zeros((MAX_STEPS, N), np.float32)
     mask_buffer = np.zeros((MAX_STEPS, N), np.float32)
     device = next(policy.parameters()).device
-    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a sample from softmax(logits). All the
-    # noise at once is several times faster than a Categorical distribution at every step.
-    uniform = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
-    noise = -uniform.log().to(device)                                   # [MAX_STEPS, N, 2]
+    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a sample from softmax(logits), and
+    # minus the logarithm of an exponential random number is Gumbel noise. All of it is made
+    # beforehand: several times faster than a Categorical distribution at every step.
+    exponential = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
+    noise = -exponential.log().to(device)                               # [MAX_STEPS, N, 2]
     obs, _ = envs.reset()
     alive = np.ones(N, bool)
     t = 0
-    with torch.inference_mode():      # acting needs no gradient: update() computes log π once more
+    with torch.inference_mode():      # acting needs no gradient: update() computes log π with one
         while alive.any():
             logits = policy(torch.from_numpy(obs).to(device))           # [N, 2]
             if not greedy:
@@ -86,9 +89,11 @@ def collect(envs, policy, generator, greedy=False):
             obs_buffer[t] = obs
             actions_buffer[t] = actions
             mask_buffer[t] = alive
-            obs, rewards_buffer[t], terminated, truncated, _ = envs.step(actions)
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            rewards_buffer[t] = rewards
             # The pole fell (terminated) or time ran out (truncated). Our objective is the return
-            # within 500 steps, so both end the sum. The PPO lesson must tell them apart.
+            # within 500 steps, so both end the sum. The PPO lesson estimates what would come after
+            # a time limit, and must tell the two apart.
             alive &= ~(terminated | truncated)
             t += 1
     buffers = dict(obs=obs_buffer, actions=actions_buffer, rewards=rewards_buffer, mask=mask_buffer)
@@ -105,7 +110,7 @@ def evaluate(policy, episodes, seed):
     for name in ("greedy", "sampled"):
         envs = make_envs(episodes, seed)
         generator = torch.Generator().manual_seed(seed)
-        batch = collect(envs, policy, generator, greedy=name == "greedy")
+        batch = collect(envs, policy, generator, greedy=(name == "greedy"))
         returns = (batch["rewards"] * batch["mask"]).sum(dim=0)         # [episodes]
         results[name] = dict(mean=returns.mean().item(),
                              std=returns.std().item() if episodes > 1 else 0.0,

@@ -6,21 +6,26 @@
 The algorithm
     repeat
         play N whole episodes with the current policy                      collect
-        if their mean return is 475 or more: play 100 fresh ones,          evaluate
-            and stop if these are as good
-        G_t  <- the rewards that came after action a_t           Eq. 3     rewards_to_go
-        b_t  <- what other episodes still earned at step t       Eq. 4     leave_one_out_baseline
+        if their mean return is 475 or more: play fresh ones, and
+            stop if greedy means 500 and sampled at least 475              evaluate
+        G_t  <- the rewards from action a_t on                   Eq. 3     rewards_to_go
+        b_t  <- what the other episodes earned from step t on    Eq. 4     leave_one_out_baseline
         one Adam step: actions with G_t > b_t more likely        Eq. 5     policy_gradient_loss
 
 The equations (README.md derives them)
     Eq. 1   J(θ) = E[ Σ_t r_t ]                                what we want to be large
-    Eq. 2   ∇J(θ) = E[ Σ_t ∇log π_θ(a_t|s_t)·(G_t − b_t) ]     the policy gradient (exact at γ = 1)
+    Eq. 2   ∇J(θ) = E[ Σ_t ∇log π_θ(a_t|s_t)·(G_t − b_t) ]     the policy gradient
     Eq. 3   G_t = r_t + γ·G_{t+1}                              reward-to-go
     Eq. 4   b_t = mean of G_t over the OTHER episodes that are alive at step t
-    Eq. 5   L(θ) = −1/N · Σ_i Σ_t m_t·log π_θ(a_t|s_t)·(G_t − b_t)      m_t = 0 after the end
+    Eq. 5   L(θ) = −1/N · Σ Σ_t m_t·log π_θ(a_t|s_t)·(G_t − b_t)        over the N episodes
+
+π_θ(a|s) is the policy: the probability of action a in state s under a network with weights θ. r_t
+is the reward of step t. γ, the discount, is 1 here; below 1, Eq. 2 is no longer exact (README.md,
+section 3). b_t is the baseline, a value to compare with. m_t is the mask: 1 while an episode lasts,
+0 after its end. "Greedy" takes the likelier action each time; "sampled" follows the probabilities.
 
 This is the first lesson, so everything is new. Deliberately left out: a learned value function (the
-next lessons), an entropy bonus, gradient clipping, learning-rate schedules.
+next lessons), an entropy bonus (entropy is only measured), gradient clipping, schedules.
 
 Sources: Williams 1992 (REINFORCE); Sutton et al. 1999 (policy gradient theorem); Kool, van Hoof,
 Welling 2019 and arXiv 2402.14740 (leave-one-out baseline).
@@ -51,7 +56,9 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 500               # CartPole-v1 cuts an episode here: a time limit, not a failure
-GREEDY_TARGET, SAMPLED_TARGET = 500.0, 475.0
+SAMPLED_TARGET = 475.0        # Gymnasium's own threshold for "solved"
+GREEDY_TARGET = 500.0         # every single episode is perfect
+# Famous mistakes that --break puts in, to see what each ingredient is for (sabotage, far below)
 BREAKS = ("no-baseline", "no-reward-to-go", "wrong-sign", "endless-episodes", "whiten-episode")
 
 
@@ -62,13 +69,13 @@ def hp(default, help, **rule):
 
 @dataclass
 class Config:
-    # Evaluation plays on seeds from 1,000,000 on; training must never reach them
+    # At most 999, so that the episodes that judge (seeds of 1,000,000 and more) are always new ones
     seed: int = hp(1, "same seed, same run", low=0, high=999)
     lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: "
                    "still falling over after 50 updates", above=0)
     gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, "
                       "but the far future stops counting", above=0, high=1)
-    batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps, any bug is fatal. "
+    batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps. "
                              "Too high: good steps, but few of them", low=2, high=4096)
     hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly",
                      low=1, high=65536)
@@ -82,15 +89,17 @@ class Config:
 # ---- the task and the policy ------------------------------------------------------------------
 
 def make_envs(num_envs, seed):
-    """N CartPoles that move as one NumPy expression. One seed serves all of them."""
+    """N CartPoles side by side: one call of step() moves all of them. One seed serves all."""
     envs = gym.make_vec("CartPole-v1", num_envs=num_envs, vectorization_mode="vector_entry_point")
     envs.reset(seed=seed)     # later resets without a seed continue this random stream
     return envs
 
 
 def make_policy(hidden):
-    """From observations [N, 4] (position and velocity of the cart, angle and angular velocity of the
-    pole) to logits [N, 2] (push left, push right)."""
+    """From observations [N, 4] to logits [N, 2] (push left, push right).
+
+    An observation is the cart's position and velocity, and the pole's angle and angular velocity.
+    """
     return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2))
 
 
@@ -112,30 +121,31 @@ def rewards_to_go(rewards, gamma):
 
 
 def leave_one_out_baseline(returns, mask):
-    """Mean reward-to-go of the OTHER episodes that are alive at the same step (Eq. 4), else 0.
+    """Mean reward-to-go of the OTHER episodes alive at the same step (Eq. 4); 0 without any.
 
     returns, mask [T, N]; the mask is 1 while an episode lasts. Returns [T, N].
-    The baseline of episode i holds nothing of episode i, so on average it changes nothing:
-    E[∇log π · b] = b · ∇ Σ_a π(a) = b · ∇1 = 0. A mean over ALL episodes would scale step t by
-    1 − 1/n_t, n_t being the number alive: another factor at every step, so another direction.
+    Subtracting a baseline does not change the expected gradient, as long as the baseline does not
+    depend on the action: Σ_a π(a)·∇log π(a)·b = b·Σ_a ∇π(a) = b·∇1 = 0. This one holds nothing of
+    the episode itself. It only makes the gradient less noisy.
     """
-    # Returns shrink towards an episode's end, because less time is left. So the baseline depends on
-    # the step: "better than others in my place", and my place is being alive at step t.
+    # Returns shrink towards an episode's end, because less time is left. So an episode is compared
+    # with others at the same step only.
     total = (returns * mask).sum(dim=1, keepdim=True)                   # [T, 1]
     alive = mask.sum(dim=1, keepdim=True)                               # [T, 1]
     others = (alive - 1).clamp(min=1)                                   # [T, 1]: no division by 0
     # Eq. 4  b_t = (Σ_j m_t·G_t − own G_t) / (number alive − 1)
-    return (total - returns * mask) / others * mask                     # [T, N]
+    baseline = (total - returns * mask) / others                        # [T, N]
+    return baseline * mask                                              # [T, N]
 
 
 def policy_gradient_loss(logprobs, advantages, mask):
-    """A scalar whose gradient is minus the policy gradient (Eq. 5). Its value means nothing.
+    """A scalar whose gradient estimates minus the policy gradient (Eq. 5). Its value means nothing.
 
-    logprobs [T, N] of the actions taken, with gradient; advantages [T, N], constants; mask [T, N].
-    Divided by the number of episodes, not of steps: the number of steps depends on the policy, and
-    dividing by a random number that goes along with the sum would bias the estimate.
+    logprobs [T, N] of the actions taken, with gradient; advantages G − b [T, N], constants;
+    mask [T, N]. Divided by the number of episodes, not of steps: the number of steps is random and
+    correlated with the sum, so dividing by it would bias the estimate.
     """
-    assert not advantages.requires_grad, "a gradient through the advantages is another algorithm"
+    assert not advantages.requires_grad, "advantages must be constants"
     N = logprobs.shape[1]
     # Eq. 5  A > 0 makes an action more likely, A < 0 less. The minus sign turns the optimizer's
     # descent into the ascent that we want.
@@ -148,8 +158,8 @@ def collect(envs, policy, generator, greedy=False):
     """Plays one whole episode in each environment.
 
     Returns a dictionary of tensors: obs [T, N, 4], actions [T, N], rewards [T, N], mask [T, N] (1
-    while the episode lasts). T is the longest episode's length. The environments move as one: one
-    whose episode is over is reset and plays on, and the mask removes what it plays.
+    while the episode lasts). T is the longest episode's length. Gymnasium resets an environment
+    whose episode is over, and it plays on with the others; the mask removes those steps.
 
         N = 3, T = 4        episode 0   1 1 1 1
                      mask   episode 1   1 1 0 0      fell after two steps
@@ -161,14 +171,15 @@ def collect(envs, policy, generator, greedy=False):
     rewards_buffer = np.zeros((MAX_STEPS, N), np.float32)
     mask_buffer = np.zeros((MAX_STEPS, N), np.float32)
     device = next(policy.parameters()).device
-    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a sample from softmax(logits). All the
-    # noise at once is several times faster than a Categorical distribution at every step.
-    uniform = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
-    noise = -uniform.log().to(device)                                   # [MAX_STEPS, N, 2]
+    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a sample from softmax(logits), and
+    # minus the logarithm of an exponential random number is Gumbel noise. All of it is made
+    # beforehand: several times faster than a Categorical distribution at every step.
+    exponential = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
+    noise = -exponential.log().to(device)                               # [MAX_STEPS, N, 2]
     obs, _ = envs.reset()
     alive = np.ones(N, bool)
     t = 0
-    with torch.inference_mode():      # acting needs no gradient: update() computes log π once more
+    with torch.inference_mode():      # acting needs no gradient: update() computes log π with one
         while alive.any():
             logits = policy(torch.from_numpy(obs).to(device))           # [N, 2]
             if not greedy:
@@ -177,9 +188,11 @@ def collect(envs, policy, generator, greedy=False):
             obs_buffer[t] = obs
             actions_buffer[t] = actions
             mask_buffer[t] = alive
-            obs, rewards_buffer[t], terminated, truncated, _ = envs.step(actions)
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            rewards_buffer[t] = rewards
             # The pole fell (terminated) or time ran out (truncated). Our objective is the return
-            # within 500 steps, so both end the sum. The PPO lesson must tell them apart.
+            # within 500 steps, so both end the sum. The PPO lesson estimates what would come after
+            # a time limit, and must tell the two apart.
             alive &= ~(terminated | truncated)
             t += 1
     buffers = dict(obs=obs_buffer, actions=actions_buffer, rewards=rewards_buffer, mask=mask_buffer)
@@ -196,7 +209,7 @@ def evaluate(policy, episodes, seed):
     for name in ("greedy", "sampled"):
         envs = make_envs(episodes, seed)
         generator = torch.Generator().manual_seed(seed)
-        batch = collect(envs, policy, generator, greedy=name == "greedy")
+        batch = collect(envs, policy, generator, greedy=(name == "greedy"))
         returns = (batch["rewards"] * batch["mask"]).sum(dim=0)         # [episodes]
         results[name] = dict(mean=returns.mean().item(),
                              std=returns.std().item() if episodes > 1 else 0.0,
@@ -214,7 +227,7 @@ def update(policy, optimizer, batch, config):
     returns = rewards_to_go(batch["rewards"] * mask, config.gamma)      # [T, N]
     baseline = leave_one_out_baseline(returns, mask)                    # [T, N]
     advantages = (returns - baseline) * mask                            # [T, N]
-    if config.broken:
+    if config.broken:                                                   # only with --break
         mask, returns, advantages = sabotage(batch, config)             # BREAK
     # The policy looks at all T·N observations again, now with a gradient. It still holds the
     # weights that acted: one update per batch, then the data are thrown away (on-policy).
@@ -222,8 +235,6 @@ def update(policy, optimizer, batch, config):
     all_logprobs = torch.log_softmax(logits, dim=-1)                    # [T, N, 2]
     actions = batch["actions"].unsqueeze(-1)                            # [T, N, 1]
     logprobs = all_logprobs.gather(-1, actions).squeeze(-1)             # [T, N]
-    # A constant factor in front of the loss would change nothing: Adam divides each gradient by
-    # its own running size
     loss = policy_gradient_loss(logprobs, advantages, mask)
     optimizer.zero_grad()
     loss.backward()
@@ -231,38 +242,11 @@ def update(policy, optimizer, batch, config):
     if not torch.isfinite(grad_norm):                 # before it can touch the weights
         raise FloatingPointError("the gradient is not finite")
     optimizer.step()
-    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)          # [T, N] nats; a coin: .693
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)          # [T, N]; fair coin: log 2
     alive = mask.bool()
     return dict(loss=loss.item(), entropy=entropy[alive].mean().item(), grad_norm=grad_norm.item(),
                 return_to_go_std=returns[alive].std().item(),
                 advantage_std=advantages[alive].std().item())
-
-
-def sabotage(batch, config):
-    """What --break does: (mask, returns, advantages), each [T, N], with one mistake in them."""
-    mask = batch["mask"]
-    if config.broken == "endless-episodes":           # the next episode counts as part of this one
-        mask = torch.ones_like(mask)
-    returns = rewards_to_go(batch["rewards"] * mask, config.gamma)
-    if config.broken == "no-reward-to-go":            # every action is paid the whole return
-        returns = returns[0].expand_as(returns)
-    baseline = leave_one_out_baseline(returns, mask)
-    if config.broken == "no-baseline":                # all returns are positive: all are pushed up
-        baseline = torch.zeros_like(baseline)
-    advantages = (returns - baseline) * mask
-    if config.broken == "whiten-episode":             # late actions are punished, even perfect ones
-        advantages = whiten_within_episode(returns, mask)
-    if config.broken == "wrong-sign":                 # descends the return
-        advantages = -advantages
-    return mask, returns, advantages
-
-
-def whiten_within_episode(returns, mask):
-    """The famous mistake: each episode's returns shifted and scaled to mean 0, std 1 over time."""
-    length = mask.sum(dim=0)                                            # [N]
-    mean = (returns * mask).sum(dim=0) / length                         # [N]
-    variance = ((returns - mean).square() * mask).sum(dim=0) / length   # [N]
-    return (returns - mean) / (variance.sqrt() + 1e-8) * mask           # [T, N]
 
 
 # ---- the training loop ------------------------------------------------------------------------
@@ -279,6 +263,7 @@ def train(config, out, device, log=print):
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr)
     envs = make_envs(config.batch_episodes, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
+    # All that save_run needs, also after Ctrl-C. rows: for metrics.csv; clock: for timing.csv
     state = dict(update=0, env_steps=0, checks=0, solved=False, best_return=-math.inf, best=None,
                  rows=[], clock=[])
     log(table_line())
@@ -287,28 +272,31 @@ def train(config, out, device, log=print):
             number = state["update"] + 1
             start = time.perf_counter()
             batch = collect(envs, policy, generator)
-            state["env_steps"] += batch["mask"].numel()     # masked rows were played too
-            row = dict(update=number, episodes=number * config.batch_episodes,
-                       env_steps=state["env_steps"]) | describe(batch)
+            row = describe(batch)
             if row["return_mean"] > state["best_return"]:
                 state["best_return"] = row["return_mean"]
                 state["best"] = copy_of_weights(policy)
+
             check_start = time.perf_counter()
             if row["return_mean"] >= SAMPLED_TARGET:
-                # N episodes may be lucky. Fresh ones decide, and the weights they judged are kept
+                # N episodes may be lucky: fresh ones decide. They need a new seed each time
                 state["checks"] += 1
                 seed = 1_000_000 + 1_000 * config.seed + number
                 state["solved"] = is_solved(evaluate(policy, config.eval_episodes, seed))
             check_seconds = time.perf_counter() - check_start
+
+            terms = {}
             if state["solved"]:
-                state["best"] = copy_of_weights(policy)
+                state["best"] = copy_of_weights(policy)                 # those that were judged
             else:
-                row |= update(policy, optimizer, batch, config)
+                terms = update(policy, optimizer, batch, config)        # here it learns
             seconds = time.perf_counter() - start - check_seconds
             state["update"] = number
-            state["rows"].append(row)
+            state["env_steps"] += batch["mask"].numel()     # masked steps were played too
+            state["rows"].append(dict(update=number, episodes=number * config.batch_episodes,
+                                      env_steps=state["env_steps"]) | row | terms)
             state["clock"].append(dict(update=number, seconds=seconds, check_seconds=check_seconds))
-            log(table_line(row | state["clock"][-1]))
+            log(table_line(state["rows"][-1] | state["clock"][-1]))
     finally:                          # after Ctrl-C or an error too: the best weights so far stay
         save_run(out, policy, state)
     return dict(solved=state["solved"], updates=state["update"], env_steps=state["env_steps"],
@@ -323,9 +311,10 @@ def describe(batch):
                 return_max=returns.max().item())
 
 
-def is_solved(judged):
-    """Whether an evaluation reaches both targets."""
-    return judged["greedy"]["mean"] >= GREEDY_TARGET and judged["sampled"]["mean"] >= SAMPLED_TARGET
+def is_solved(results):
+    """Whether the results of evaluate() reach both targets."""
+    return (results["greedy"]["mean"] >= GREEDY_TARGET
+            and results["sampled"]["mean"] >= SAMPLED_TARGET)
 
 
 def copy_of_weights(policy):
@@ -333,7 +322,40 @@ def copy_of_weights(policy):
 
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (files, checks,
-# ==== command line). Nothing below changes what is learnt. =======================================
+# ==== command line). You do not need it to understand the algorithm. =============================
+
+# ---- what --break does ------------------------------------------------------------------------
+
+def sabotage(batch, config):
+    """What --break does: (mask, returns, advantages), each [T, N], with one mistake in them."""
+    mask = batch["mask"]
+    if config.broken == "endless-episodes":           # the next episode counts as part of this one
+        mask = torch.ones_like(mask)
+    returns = rewards_to_go(batch["rewards"] * mask, config.gamma)
+    if config.broken == "no-reward-to-go":            # every action gets the whole return
+        returns = returns[0].expand_as(returns)
+    baseline = leave_one_out_baseline(returns, mask)
+    if config.broken == "no-baseline":                # returns are positive: all are pushed up
+        baseline = torch.zeros_like(baseline)
+    advantages = (returns - baseline) * mask
+    if config.broken == "whiten-episode":             # late actions are pushed down in any case
+        advantages = whiten_within_episode(returns, mask)
+    if config.broken == "wrong-sign":                 # descends the return
+        advantages = -advantages
+    return mask, returns, advantages
+
+
+def whiten_within_episode(returns, mask):
+    """The famous mistake: each episode's returns shifted and scaled to mean 0, std 1 over time.
+
+    A perfect episode of 500 steps has nothing to improve. Whitened, its first action still gets
+    +1.73 and its last one −1.73.
+    """
+    length = mask.sum(dim=0)                                            # [N]
+    mean = (returns * mask).sum(dim=0) / length                         # [N]
+    variance = ((returns - mean).square() * mask).sum(dim=0) / length   # [N]
+    return (returns - mean) / (variance.sqrt() + 1e-8) * mask           # [T, N]
+
 
 # ---- what the console and the files show ------------------------------------------------------
 
