@@ -1,187 +1,244 @@
 """Compares SPO policies with the exact optimum: all hundred answers are listed, none is estimated.
 
-    python spo_eval.py                                  the shipped policy: distance to π*, bars, calibration
-    python spo_eval.py --weights latest --bars bars.png the policy you have just trained, drawn over π_ref and π*
-    python spo_eval.py --sample 10                      ten answers in the policy's own words
-    python spo_eval.py --q0-study                       bias and spread of the Monte-Carlo soft value
-    python spo_eval.py --study runs/study               re-makes the README's tables and bars.png (about 76 runs, half an hour or more)
+    python spo_eval.py                                     the shipped policy
+    python spo_eval.py --samples 10                        and ten answers in its own words
+    python spo_eval.py --weights latest --bars bars.png    the policy you have just trained, drawn
+                                                           over π_ref and π*
+    python spo_eval.py --run latest                        what the trainer does at its end:
+                                                           eval.json, curve.png, the verdict
 
-Keys of --json FILE: tv (total variation distance to π*, 0-1), kl (KL(π_θ‖π*), nats), invalid_mass (0-1), mean_distance and
-optimal_mean_distance (expected |guess − target| under π_θ and π*, an invalid answer counting as the worst guess), q0 (exact soft value);
-here also calibration_error (mean |Q_T − r|), target, beta, and samples with --sample.
+Keys of --json FILE and of eval.json: tv (total variation distance to π*, 0-1), kl (KL(π_θ‖π*) in
+nats), invalid_mass (0-1), mean_distance and optimal_mean_distance (expected |guess − target| under
+π_θ and π*, where an invalid answer counts as the worst guess), q0 (exact soft value),
+calibration_error (mean |Q_T − r| over the hundred numbers), target, beta; and samples with
+--samples.
+Shapes: a prompt of T tokens; B or N answers of at most L tokens; V vocabulary.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "matplotlib==3.11.2"]
 # ///
 import argparse
+import csv
 import io
 import json
-import math
 import os
 import re
-import shutil
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from matplotlib import pyplot as plt
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "Guess a number from 1 to 100. Answer with the number only."
 NUMBERS = [str(n) for n in range(1, 101)]
 MAX_NEW_TOKENS = 6
-BREAKS = ("qzero-mean-reward", "qzero-from-policy", "qzero-floor", "no-reference", "bf16-logprobs", "missing-eos")
+TARGET_TV = 0.05
 
 
-# ---- the same code as in train_spo.py -------------------------------------------------------------------------------
+# ---- the same code as in train_spo.py ---------------------------------------------------------
+
+def prompt_tokens(tokenizer):
+    """[1, T] the question in the model's own chat format, up to where its answer begins."""
+    chat = [{"role": "user", "content": PROMPT}]
+    row = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return torch.tensor([row])
+
+
+def answer_tokens(tokenizer, texts):
+    """Each answer as a tuple of token ids, with ONE end token.
+
+    A chat template may put more after the end token (Qwen: a newline). That does not belong to the
+    answer: the model never has to say it.
+    """
+    if not texts:
+        return []
+    different = list(dict.fromkeys(texts))            # each different text is tokenized once
+    rows = tokenizer(different, add_special_tokens=False)["input_ids"]
+    answers = {text: (*row, tokenizer.eos_token_id) for text, row in zip(different, rows)}
+    return [answers[text] for text in texts]
+
+
+def answer_text(tokenizer, answer):
+    """The text of an answer. One without end token gets a mark, so that it counts as invalid."""
+    if answer[-1] == tokenizer.eos_token_id:
+        return tokenizer.decode(answer[:-1])
+    return tokenizer.decode(answer) + "…"
+
+
+def pad(answers, pad_id):
+    """(completion_ids [B, L], completion_mask [B, L]) from answers of different length.
+
+    The mask comes from the lengths, so padding and end may be the same token.
+    """
+    L = max(2, *map(len, answers))    # at least 2: completion_logprobs reads all but the last token
+    ids = [[*answer] + [pad_id] * (L - len(answer)) for answer in answers]
+    mask = [[1.0] * len(answer) + [0.0] * (L - len(answer)) for answer in answers]
+    return torch.tensor(ids), torch.tensor(mask)
+
 
 def parse_guess(text):
-    """The number in an answer, or None. "42" is 42; "042", " 42", "101", "" and "42." are no answers."""
+    """The number in an answer, or None. "42" is 42; "042", " 42", "101", "" and "42." are none."""
     return int(text) if re.fullmatch(r"[1-9][0-9]?|100", text, re.ASCII) else None
 
 
 def reward_of(text, target):
-    """−|n − t| / max(t − 1, 100 − t) for a guess n, so 0 is right and −1 the worst guess there is; −1 for anything else."""
-    guess = parse_guess(text)
-    return -1.0 if guess is None else -abs(guess - target) / max(target - 1, 100 - target)
+    """−|n − t| / max(t − 1, 100 − t) for a guess n: 0 is right, −1 the worst. −1 for all else.
 
-
-def load_model(name):
-    """(model, tokenizer) from a path or a hub name."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # fp32 master weights everywhere; Accelerate's mixed precision does the arithmetic in bf16 on CUDA
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a Hugging Face model, or a hub name while the hub can be reached")
-    if tokenizer.eos_token_id is None:
-        fail(f"model {name}: its tokenizer has no end-of-sequence token, so an answer would have no end; choose a chat model")
-    if not tokenizer.chat_template:
-        fail(f"model {name}: its tokenizer has no chat template; choose a chat model")
-    if getattr(tokenizer, "pad_token_id", None) is None:
-        tokenizer.pad_token = tokenizer.eos_token                 # masks come from lengths here, never from `ids != pad`
-    return model, tokenizer
-
-
-def random_model():
-    """A tiny untrained model for --smoke where no weights are shipped."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    words = ["<pad>", "<unk>", "<end>", *"0123456789", "Guess", "a", "number", "from", "to", ".", "Answer", "with", "the", "only"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(words), bos_token_id=None, eos_token_id=2, pad_token_id=0, **size)), fast
-
-
-def prompt_tokens(tokenizer):
-    """[1, P] the question in the model's own chat format, up to where its answer begins."""
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False)
-    return torch.tensor([ids])
-
-
-def answer_tokens(tokenizer, texts):
-    """Lists of token ids: the answer and ONE end-of-turn token. What a chat template may put behind it (Qwen: a newline) is not part
-    of the answer: the model never has to say it."""
-    return [row + [tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def pad(rows, pad_id):
-    """(ids [B, L], mask [B, L]) from lists of different length; the mask comes from the lengths, so pad and end may be one token."""
-    L = max(2, *map(len, rows))                                   # 2, because completion_logprobs feeds all tokens but the last
-    return (torch.tensor([row + [pad_id] * (L - len(row)) for row in rows]),
-            torch.tensor([[1.0] * len(row) + [0.0] * (L - len(row)) for row in rows]))
-
-
-def completion_logprobs(model, prompt, completions, mask, precision=torch.float32):
-    """Log-probability of each whole answer given the prompt, in nats: the sum over its tokens, the end-of-turn token included once.
-
-    prompt [1, P]; completions, mask [B, L], padded on the right, where causal attention cannot see the padding. Returns [B].
+    Example, t = 42: "42" -> 0, "13" -> −.5, "100" -> −1, "007" -> −1.
     """
-    # The question is read once; its keys and values, with their gradient, serve all B answers. The logits behind its last token
-    # predict an answer's first token, those behind the answer's token t predict token t+1.
-    start = model(input_ids=prompt, use_cache=True, logits_to_keep=1)                               # logits [1, 1, V]
-    cache, B = start.past_key_values, len(completions)
+    guess = parse_guess(text)
+    if guess is None:
+        return -1.0
+    return -abs(guess - target) / max(target - 1, 100 - target)
+
+
+def completion_logprobs(model, prompt_ids, completion_ids, completion_mask):
+    """log π(answer | prompt) of each WHOLE answer [B], in nats: the sum over its tokens.
+
+    prompt_ids [1, T]; completion_ids, completion_mask [B, L], padded on the right, where causal
+    attention cannot see the padding. The end token counts, once: without it "4" would get the
+    probability of everything that begins with 4.
+
+        ids              What  is  it   | 4    2    E            T = 3, L = 3
+        logits used               [it] -> 4,  [4] -> 2,  [2] -> E;  those of E: none
+    """
+    # The prompt is read once; its keys and values, with their gradient, serve all B answers
+    start = model(input_ids=prompt_ids, use_cache=True, logits_to_keep=1)           # [1, 1, V]
+    B, cache = len(completion_ids), start.past_key_values
     cache.batch_repeat_interleave(B)
-    rest = model(input_ids=completions[:, :-1], past_key_values=cache, use_cache=True).logits       # [B, L-1, V]
-    logits = torch.cat([start.logits.expand(B, -1, -1), rest], dim=1)                               # [B, L, V]
-    logprobs = torch.log_softmax(logits.to(precision), dim=-1)    # [B, L, V] in fp32: bf16 rounds each of them
-    return (logprobs.gather(-1, completions[..., None]).squeeze(-1).float() * mask).sum(dim=-1)     # [B]
+    rest = model(input_ids=completion_ids[:, :-1], past_key_values=cache, use_cache=True)
+    logits = torch.cat([start.logits.expand(B, -1, -1), rest.logits], dim=1)        # [B, L, V]
+    logprobs = logits.float().log_softmax(dim=-1)     # in fp32: bf16 would round each of them
+    chosen = logprobs.gather(-1, completion_ids[..., None]).squeeze(-1)             # [B, L]
+    return (chosen * completion_mask).sum(dim=-1)                                   # [B]
 
 
 def soft_value(logprobs, rewards, beta):
     """Q0 = β·log Σ_y π(y)·exp(r(y)/β) (Eq. 4), in the reward's units.
 
-    logprobs, rewards [A] over all answers; for n samples of π pass logprobs = −log n each (the Monte-Carlo estimate).
-    Example: two equally likely answers with r = 0 and −1: −.5 for β → ∞, −.007 at β = .01. Nothing is clamped: logsumexp is exact.
+    logprobs, rewards [A] over all A answers. For n samples of π, pass −log n for each: that is the
+    Monte-Carlo estimate.
+    Example, two equally likely answers with r = 0 and −1: −.5 for β → ∞, −.007 for β = .01.
     """
-    # Eq. 4
+    # Eq. 4  logsumexp takes the largest exponent out first: nothing overflows, nothing is clamped
     return beta * torch.logsumexp(logprobs + rewards / beta, dim=-1)
 
 
 def closed_form(ref_logprobs, target, beta):
-    """The optimum (Eq. 5) over 101 outcomes: "1" … "100" and everything else, whose reward is −1.
+    """The optimum over 101 outcomes: "1" … "100", and everything else, whose reward is −1.
 
-    ref_logprobs [100]. Returns (π_ref [101], π* [101], rewards [101], Q0), float64.
+    ref_logprobs [100]. Returns pi_ref, pi_star, rewards [101] in float64, and the number q0.
     """
-    valid = ref_logprobs.cpu().double().exp()                     # to the CPU first: not every device knows float64
-    pi_ref = torch.cat([valid, (1 - valid.sum()).clamp(min=1e-12)[None]])                           # [101]
-    rewards = torch.tensor([reward_of(text, target) for text in NUMBERS] + [-1.0], dtype=torch.float64)
+    pi_ref = all_outcomes(ref_logprobs)                                 # [101]
+    rewards = [reward_of(text, target) for text in NUMBERS]
+    rewards = torch.tensor(rewards + [-1.0], dtype=torch.float64)       # [101]
     q0 = soft_value(pi_ref.log(), rewards, beta)
     # Eq. 5
-    return pi_ref, pi_ref * ((rewards - q0) / beta).exp(), rewards, q0.item()
+    pi_star = pi_ref * ((rewards - q0) / beta).exp()                    # [101]
+    return dict(pi_ref=pi_ref, pi_star=pi_star, rewards=rewards, q0=q0.item())
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prompt, n, generator):
-    """n answers drawn from the model itself: temperature 1, no top-k, no top-p, whatever its own generation settings say.
-
-    Returns lists of token ids up to and including the end-of-turn token (or MAX_NEW_TOKENS without one: an answer that never ends).
-    """
-    start = model(input_ids=prompt, use_cache=True, logits_to_keep=1)       # the question is read once …
-    cache, logits = start.past_key_values, start.logits[:, -1].expand(n, -1)                        # [n, V]
-    cache.batch_repeat_interleave(n)                                        # … and its keys and values serve all n answers
-    tokens = []
-    for _ in range(MAX_NEW_TOKENS):
-        tokens.append(torch.multinomial(logits.float().softmax(dim=-1).cpu(), 1, generator=generator))      # [n, 1]
-        if (torch.cat(tokens, dim=1) == tokenizer.eos_token_id).any(dim=1).all():
-            break
-        logits = model(input_ids=tokens[-1].to(prompt.device), past_key_values=cache, use_cache=True).logits[:, -1]
-    rows = torch.cat(tokens, dim=1).tolist()
-    return [row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
-
-
-def answer_text(tokenizer, row):
-    """The text of an answer; one without end-of-turn token is marked, so that it counts as invalid."""
-    return tokenizer.decode(row[:-1]) if row[-1] == tokenizer.eos_token_id else tokenizer.decode(row) + "…"
-
-
-@torch.no_grad()
-def enumerate_answers(model, tokenizer, prompt):
-    """Log-probabilities [100] of the answers "1" … "100"."""
-    completions, mask = pad(answer_tokens(tokenizer, NUMBERS), tokenizer.pad_token_id)
-    return torch.cat([completion_logprobs(model, prompt, c.to(prompt.device), m.to(prompt.device)) for c, m in zip(completions.split(50), mask.split(50))])
+def all_outcomes(logprobs):
+    """Probabilities [101], float64, from those of the numbers [100]: the last is all the rest."""
+    valid = logprobs.cpu().double().exp()             # the CPU first: not every device has float64
+    rest = (1 - valid.sum()).clamp(min=1e-12)         # rounding may take the sum above 1
+    return torch.cat([valid, rest[None]])
 
 
 def evaluate(logprobs, ref_logprobs, target, beta):
-    """Exact comparison of a policy with the closed-form optimum; both given by their enumerated log-probabilities [100].
+    """Exact comparison of a policy with the optimum, from the log-probabilities [100] of both.
 
-    Returns tv and kl = KL(π_θ‖π*) (nats) over 101 outcomes, invalid_mass, mean_distance and optimal_mean_distance: expected
-    |guess − target| under π_θ and π*, an invalid answer counting as the worst guess there is; q0 (exact).
+    Returns tv (total variation distance, 0-1) and kl = KL(π_θ‖π*) in nats, over 101 outcomes;
+    invalid_mass (0-1); mean_distance and optimal_mean_distance: expected |guess − target| under
+    π_θ and π*, where an invalid answer counts as the worst guess; q0, the exact one.
     """
-    pi_ref, pi_star, rewards, q0 = closed_form(ref_logprobs, target, beta)
-    valid = logprobs.cpu().double().exp()
-    policy = torch.cat([valid, (1 - valid.sum()).clamp(min=1e-12)[None]])
-    mean_distance = lambda p: -(p * rewards).sum().item() * max(target - 1, 100 - target)
-    return dict(tv=0.5 * (policy - pi_star).abs().sum().item(), kl=(policy * (policy.clamp(min=1e-300).log() - pi_star.clamp(min=1e-300).log())).sum().item(),
-                invalid_mass=policy[100].item(), mean_distance=mean_distance(policy), optimal_mean_distance=mean_distance(pi_star), q0=q0)
+    optimum = closed_form(ref_logprobs, target, beta)
+    policy, pi_star = all_outcomes(logprobs), optimum["pi_star"]        # [101]
+    log_quotient = policy.clamp(min=1e-300).log() - pi_star.clamp(min=1e-300).log()
+    worst = max(target - 1, 100 - target)             # |guess − target| is −reward·worst
+    return dict(tv=0.5 * (policy - pi_star).abs().sum().item(),
+                kl=(policy * log_quotient).sum().item(),
+                invalid_mass=policy[100].item(),
+                mean_distance=-(policy * optimum["rewards"]).sum().item() * worst,
+                optimal_mean_distance=-(pi_star * optimum["rewards"]).sum().item() * worst,
+                q0=optimum["q0"])
+
+
+@torch.no_grad()
+def enumerate_answers(model, tokenizer):
+    """log π [100] of the answers "1" … "100"."""
+    prompt_ids = prompt_tokens(tokenizer).to(model.device)
+    ids, mask = pad(answer_tokens(tokenizer, NUMBERS), tokenizer.eos_token_id)          # [100, L]
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    parts = []
+    for first in (0, 50):             # fifty at a time: a large model's logits need much memory
+        some = slice(first, first + 50)
+        parts.append(completion_logprobs(model, prompt_ids, ids[some], mask[some]))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def generate(model, prompt_ids, count, end, generator):
+    """N = `count` answers sampled from the model itself: temperature 1, no top-k, no top-p.
+
+    prompt_ids [1, T]; end: the end token. Returns tuples of token ids, up to and including the end
+    token. An answer that has not ended after MAX_NEW_TOKENS has none.
+    """
+    # The prompt is read once; its keys and values then serve all N answers
+    start = model(input_ids=prompt_ids, use_cache=True, logits_to_keep=1)
+    cache = start.past_key_values
+    cache.batch_repeat_interleave(count)
+    logits = start.logits[:, -1].expand(count, -1)                      # [N, V]
+    completion_ids = torch.empty(count, 0, dtype=torch.long)            # [N, 0]
+    for _ in range(MAX_NEW_TOKENS):
+        probabilities = logits.float().softmax(dim=-1).cpu()            # [N, V]
+        token = torch.multinomial(probabilities, 1, generator=generator)              # [N, 1]
+        completion_ids = torch.cat([completion_ids, token], dim=1)      # [N, t + 1]
+        if (completion_ids == end).any(dim=1).all():
+            break
+        logits = model(input_ids=token.to(prompt_ids.device), past_key_values=cache,
+                       use_cache=True).logits[:, -1]                    # [N, V]
+    # An answer that ended early went on until all had ended. What it said after its end is cut off
+    answers = []
+    for row in completion_ids.tolist():
+        length = row.index(end) + 1 if end in row else len(row)
+        answers.append(tuple(row[:length]))
+    return answers
+
+
+def own_answers(model, tokenizer, count, generator):
+    """`count` answers of a model to the question."""
+    prompt_ids = prompt_tokens(tokenizer).to(model.device)              # [1, T]
+    return generate(model, prompt_ids, count, tokenizer.eos_token_id, generator)
+
+
+def load_model(kind, name):
+    """(model, tokenizer) from a path or a hub name; "random": tiny and untrained, for --smoke."""
+    if str(name) == "random":
+        return random_model(kind)
+    try:
+        # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
+        model = kind.from_pretrained(name, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name)
+    except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
+        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
+             "Hugging Face model, or a hub name while the hub can be reached")
+
+
+def random_model(kind):
+    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return kind.from_config(config), tokenizer
 
 
 def fail(message):
@@ -191,235 +248,206 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
 
 
-# ---- one policy -----------------------------------------------------------------------------------------------------
+def newest_run(needed):
+    """The newest directory in runs/ with a file of that name; runs of --smoke do not count."""
+    found = [path for path in HERE.glob(f"runs/*/{needed}") if "_smoke" not in path.parent.name]
+    if not found:
+        fail(f"latest: no run in {HERE / 'runs'} has a {needed} yet")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
 
-def find_policy(weights):
-    """(directory of the policy, its run's configuration) for a path, a run directory or "latest"."""
-    if weights == "latest":
-        runs = sorted(HERE.glob("runs/*/policy"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            fail(f"--weights latest: there is no finished run in {HERE / 'runs'} yet; run python train_spo.py first")
-        path = runs[-1]
-    else:
-        path = Path(weights) / "policy" if (Path(weights) / "policy").is_dir() else Path(weights)
-    if not path.is_dir():
-        fail(f"there is no policy at {path}; train with python train_spo.py, or leave --weights away for the shipped one")
-    config = path.parent / "config.json"
+
+# ---- loading ----------------------------------------------------------------------------------
+
+def load_run(weights):
+    """(policy, reference, tokenizer, configuration of the run), from a run's directory or from the
+    policy's own directory inside it; "latest": the newest run; "random": an untrained model."""
+    if weights == "random":
+        model, tokenizer = load_model(AutoModelForCausalLM, "random")
+        return model.eval(), model, tokenizer, dict(target=42, beta=0.05)
+    path = newest_run("train.json") if weights == "latest" else Path(weights)
+    path = path / "policy" if (path / "policy").is_dir() else path
     try:
-        stored = json.loads(config.read_text(encoding="utf8")) if config.exists() else {}
-        if not isinstance(stored, dict):
-            raise ValueError
-        return path, stored
-    except ValueError:
-        fail(f"{config} is not readable; give --target and --beta and another copy of the policy")
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf8"))
+        start = config["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{path} is not the policy of a run of train_spo.py; omit --weights for the shipped "
+             "one")
+    policy, tokenizer = load_model(AutoModelForCausalLM, path)
+    torch.manual_seed(config["seed"])         # for a "random" reference: the one of training
+    reference, _ = load_model(AutoModelForCausalLM, start or HERE / "weights" / "base")
+    return policy.eval(), reference.eval(), tokenizer, config
 
 
-def calibration(policy_logprobs, ref_logprobs, target, beta):
-    """[100] pairs: what the policy implicitly says an answer will earn (Q_T, Eq. 2), and what it earns."""
-    q0 = closed_form(ref_logprobs, target, beta)[3]
-    q_terminal = q0 + beta * (policy_logprobs - ref_logprobs).double().numpy()
+# ---- judging ----------------------------------------------------------------------------------
+
+def calibration(logprobs, ref_logprobs, target, beta):
+    """Q_T (Eq. 2), what the policy implicitly says an answer will earn, and the reward: [100]."""
+    q0 = closed_form(ref_logprobs, target, beta)["q0"]
+    q_terminal = q0 + beta * (logprobs - ref_logprobs).double().numpy()
     return q_terminal, np.array([reward_of(text, target) for text in NUMBERS])
 
 
-def draw_bars(policy_logprobs, ref_logprobs, target, beta, out):
-    """π_ref, π_θ and π* over the hundred answers and "invalid"; below, Q_T against the reward."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    pi_ref, pi_star, _, _ = closed_form(ref_logprobs, target, beta)
-    valid = policy_logprobs.double().exp()
-    policy = torch.cat([valid, (1 - valid.sum()).clamp(min=0)[None]])
+def judge(logprobs, ref_logprobs, target, beta):
+    """What --json writes, from the log-probabilities [100] of policy and reference."""
+    q_terminal, rewards = calibration(logprobs, ref_logprobs, target, beta)
+    return evaluate(logprobs, ref_logprobs, target, beta) | dict(
+        calibration_error=np.abs(q_terminal - rewards).mean().item(), target=target, beta=beta)
+
+
+def judge_run(out, quiet):
+    """Judges the saved policy of a finished run: eval.json and curve.png go into its directory."""
+    try:
+        trained = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
+        with (out / "metrics.csv").open(encoding="utf8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--run {out} is not the directory of a finished run of train_spo.py")
+    policy, reference, tokenizer, config = load_run(out)
+    logprobs = enumerate_answers(policy, tokenizer)
+    ref_logprobs = enumerate_answers(reference, tokenizer)
+    result = judge(logprobs, ref_logprobs, config["target"], config["beta"])
+    write(out / "eval.json", json.dumps(result, indent=1) + "\n")
+    write(out / "curve.png", draw_curve(rows, config))
+    if quiet:
+        return
+    verdict = "REACHED π*" if result["tv"] <= TARGET_TV else "NOT at π*"
+    print(f"{verdict}: total variation distance {result['tv']:.4f} (target {TARGET_TV}), mean "
+          f"distance {result['mean_distance']:.2f} (optimum {result['optimal_mean_distance']:.2f})"
+          f", {trained['train_seconds']:.0f} s of training")
+    words = [sys.executable, str(HERE / "spo_eval.py"), "--weights", str(out), "--bars",
+             str(out / "bars.png")]
+    print(f"Look at curve.png, then at the learned bars over the exact ones: {shlex.join(words)}")
+
+
+# ---- showing ----------------------------------------------------------------------------------
+
+def draw_curve(rows, config):
+    """A PNG: the distance to π* by epoch, and below it the distance to the target."""
+    epochs = [int(row["epoch"]) for row in rows]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
+    for panel, key, style, label in (
+            (top, "tv", "C0.-", "TV(policy, π*)"),
+            (top, "invalid_mass", "C3.-", "mass on invalid answers"),
+            (bottom, "mean_distance", "C0.-", "mean |guess − target|"),
+            (bottom, "optimal_mean_distance", "C2--", "the same under π*")):
+        panel.plot(epochs, [float(row[key]) for row in rows], style, label=label)
+    top.axhline(TARGET_TV, color="C2", linestyle="--", label="target")
+    broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
+    top.set(yscale="log", title=f"SPO, target {config['target']}, β {config['beta']}, "
+                                f"seed {config['seed']}{broken}")
+    bottom.set(xlabel="epoch", ylim=(0, None))
+    top.legend(fontsize=8)
+    bottom.legend(fontsize=8)
+    return png_of(figure)
+
+
+def draw_bars(logprobs, ref_logprobs, target, beta):
+    """A PNG: π_ref, π_θ and π* over the hundred answers and "invalid"; Q_T against the reward."""
+    optimum = closed_form(ref_logprobs, target, beta)
     places = np.arange(1, 102)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[2.4, 1], layout="constrained")
-    left.bar(places, pi_ref, width=1.0, color="C7", alpha=0.5, label="π_ref: before")
-    left.bar(places, policy, width=0.8, color="C0", label="π_θ: learned")
-    left.step(np.append(places - 0.5, 101.5), np.append(pi_star, pi_star[-1]), where="post", color="C3", linewidth=1.2, label="π*: exact optimum")
-    left.set(xlabel="answer (the last bar: everything invalid)", ylabel="probability", xlim=(0, 102), title=f"target {target}, β {beta}")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[2.4, 1],
+                                         layout="constrained")
+    left.bar(places, optimum["pi_ref"], width=1.0, color="C7", alpha=0.5, label="π_ref: before")
+    left.bar(places, all_outcomes(logprobs), width=0.8, color="C0", label="π_θ: learned")
+    left.stairs(optimum["pi_star"], np.arange(0.5, 102), color="C3", linewidth=1.2, baseline=None,
+                label="π*: exact optimum")
+    left.set(xlabel="answer (the last bar: everything invalid)", ylabel="probability",
+             xlim=(0, 102), title=f"target {target}, β {beta}")
     left.legend(fontsize=8)
-    q_terminal, rewards = calibration(policy_logprobs, ref_logprobs, target, beta)
+    q_terminal, rewards = calibration(logprobs, ref_logprobs, target, beta)
     right.plot([-1, 0], [-1, 0], color="C3", linewidth=1)
     right.scatter(rewards, q_terminal, s=9, color="C0")
-    right.set(xlabel="reward r", ylabel="Q_T = Q0 + β·log-ratio", title="what the policy says it will earn")
+    right.set(xlabel="reward r", ylabel="Q_T = Q0 + β·log-ratio",
+              title="what the policy says it will earn")
+    return png_of(figure)
+
+
+def png_of(figure):
+    """A figure as the content of a PNG file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     plt.close(figure)
+    return picture.getvalue()
+
+
+# ---- command line -----------------------------------------------------------------------------
+
+def write_or_fail(flag, path, content):
     try:
-        write(out, picture.getvalue())
+        write(path, content)
     except OSError as problem:
-        fail(f"--bars {out} cannot be written ({problem.strerror}); choose another file")
+        fail(f"{flag} {path} cannot be written ({problem.strerror}); choose another file")
 
-
-def q0_study(ref_logprobs, target, repeats=2000):
-    """Prints bias and standard deviation of the Monte-Carlo soft value over n samples, for several β, against enumeration."""
-    rng = np.random.default_rng(0)
-    print("| β | exact Q0 | E[r], the wrong one | n = 16: bias ± std | n = 256: bias ± std | bias of the old code's floor, n = 256 |\n|---|---|---|---|---|---|")
-    for beta in (0.01, 0.02, 0.05, 0.1, 0.5):
-        pi_ref, _, rewards, exact = closed_form(ref_logprobs, target, beta)
-        cells = []
-        for n in (16, 256):
-            drawn = rewards[torch.from_numpy(rng.choice(101, (repeats, n), p=(pi_ref / pi_ref.sum()).numpy()))]        # [repeats, n]
-            estimates = soft_value(torch.full_like(drawn, -math.log(n)), drawn, beta)
-            cells.append(f"{estimates.mean().item() - exact:+.4f} ± {estimates.std().item():.4f}")
-        floor = beta * (drawn / beta).clamp(min=-20).exp().mean(dim=1).clamp(min=1e-8).log()
-        print(f"| {beta} | {exact:.4f} | {(pi_ref * rewards).sum().item():.4f} | {cells[0]} | {cells[1]} | {floor.mean().item() - exact:+.4f} |")
-
-
-# ---- the study behind the README ------------------------------------------------------------------------------------
-
-def study(directory):
-    """Runs train_spo.py for every table of the README, two at a time; writes tables.md and bars.png. What is finished is kept, what was
-    interrupted goes on."""
-    from concurrent.futures import ThreadPoolExecutor
-    from tqdm import tqdm
-    if not (HERE / "train_spo.py").exists():
-        fail("--study runs train_spo.py, which is not beside this script")
-    if directory.exists() and not directory.is_dir():
-        fail(f"--study {directory} must be a directory")
-    targets, betas, small = (42, 1, 80, 100), (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), ["--beta", "0.01"]
-    cross, squared = ["--loss", "cross-entropy"], ["--loss", "squared"]
-    on_policy, uniform, hostile, invalid = ["--behaviour", "on-policy"], ["--behaviour", "uniform"], ["--behaviour", "adversarial"], ["--include-invalid", "0.1"]
-    behaviours = {"replay": [], "on-policy": on_policy, "uniform": uniform, "adversarial": hostile, "uniform, β .01": uniform + small}
-    behaviours |= {f"{name}, squared loss": flags + squared for name, flags in behaviours.items()}
-    behaviours |= {"uniform, 10 % invalid, squared loss": uniform + invalid + squared, "adversarial, 10 % invalid, squared loss": hostile + invalid + squared}
-    presets = {"as it is": [], "cross-entropy": cross, "cross-entropy, replay": cross + ["--behaviour", "replay"]}
-    # {(table, row): (flags, seeds)}; a row with the flags of an earlier one shares its runs
-    rows = {("target", (target, loss)): (["--target", str(target), "--loss", loss], range(5)) for loss in ("cross-entropy", "squared") for target in targets}
-    rows |= {("behaviour", name): (flags, range(3)) for name, flags in behaviours.items()}
-    rows |= {("beta", (beta, loss)): (["--beta", str(beta), "--loss", loss], range(1)) for beta in betas for loss in ("squared", "cross-entropy")}
-    rows |= {("q0", kind): (["--q0", kind, *squared], range(3)) for kind in ("exact", "mc", "learned")}
-    rows |= {("break", name): (["--break", name, *squared], range(3)) for name in BREAKS}
-    rows |= {("preset", name): (["--preset", "seed", *flags], range(3)) for name, flags in presets.items()}
-
-    def run_of(flags, seed):
-        """The directory of a run; flags that repeat a default are left out, so that equal runs are made once."""
-        text = " ".join(flags)
-        for default in ("--target 42", "--beta 0.05", "--loss cross-entropy", "--q0 exact"):
-            text = text if "--preset" in flags else text.replace(default, "")
-        return text.split(), directory / ((re.sub(r"[^a-z0-9.]+", "_", text).strip("_") or "default") + f"_seed_{seed}")
-
-    jobs = {run_of(flags, seed)[1]: (run_of(flags, seed)[0], seed) for flags, seeds in rows.values() for seed in seeds}
-    bar = tqdm(total=len(jobs), disable=not sys.stderr.isatty(), unit="run")
-
-    def make(out):
-        flags, seed = jobs[out]
-        if not (out / "train.json").exists():
-            kept = (out / "checkpoint.pt").exists()
-            if not kept:
-                shutil.rmtree(out, ignore_errors=True)
-            if subprocess.run([sys.executable, str(HERE / "train_spo.py"), "--quiet", *(["--resume", str(out)] if kept else ["--out", str(out), "--seed", str(seed), *flags])]).returncode:
-                fail(f"the run in {out} failed; the study was stopped")
-        bar.update()
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(make, jobs))
-    results = {row: [json.loads((run_of(flags, seed)[1] / "train.json").read_text(encoding="utf8"))["result"] for seed in seeds]
-               for row, (flags, seeds) in rows.items()}
-    each = lambda runs, key, form: ", ".join(f"{run[key]:{form}}" for run in runs)
-    lines = ["| target, loss | TV to π*, seeds 0-4 | KL(π_θ‖π*) | mean distance (optimum) | invalid mass, worst |", "|---|---|---|---|---|"]
-    for target, loss in (name for kind, name in rows if kind == "target"):
-        runs = results["target", (target, loss)]
-        lines.append(f"| {target}, {loss} | {each(runs, 'tv', '.3f')} | {each(runs, 'kl', '.4f')} | {np.mean([run['mean_distance'] for run in runs]):.2f} "
-                     f"({runs[0]['optimal_mean_distance']:.2f}) | {max(run['invalid_mass'] for run in runs):.4f} |")
-    for table, title in (("behaviour", "answers come from"), ("break", "`--break`"), ("q0", "Q0"), ("preset", "`--preset seed`")):
-        lines += ["", f"| {title} | TV to π*, seeds 0-2 | KL(π_θ‖π*) | invalid mass | mean distance (optimum) |", "|---|---|---|---|---|"]
-        for (kind, name), runs in results.items():
-            if kind == table:
-                lines.append(f"| {name} | {each(runs, 'tv', '.3f')} | {each(runs, 'kl', '.2f')} | {each(runs, 'invalid_mass', '.3f')} "
-                             f"| {each(runs, 'mean_distance', '.2f')} ({runs[0]['optimal_mean_distance']:.2f}) |")
-    lines += ["", "| β | entropy of π*, nats | squared: TV | cross-entropy: TV | mean distance, squared, cross-entropy (optimum) | steps |", "|---|---|---|---|---|---|"]
-    reference, tokenizer = load_model(str(HERE / "weights" / "base"))
-    ref_logprobs = enumerate_answers(reference, tokenizer, prompt_tokens(tokenizer))
-    for beta in betas:
-        (square,), (entropic,) = results["beta", (beta, "squared")], results["beta", (beta, "cross-entropy")]
-        pi_star = closed_form(ref_logprobs, 42, beta)[1].clamp(min=1e-300)
-        lines.append(f"| {beta} | {-(pi_star * pi_star.log()).sum().item():.2f} | {square['tv']:.3f} | {entropic['tv']:.3f} "
-                     f"| {square['mean_distance']:.2f}, {entropic['mean_distance']:.2f} ({square['optimal_mean_distance']:.2f}) | {square['answers'] // 512} |")
-    write(directory / "tables.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
-    policy, _ = load_model(str(run_of([], 1)[1] / "policy"))
-    draw_bars(enumerate_answers(policy, tokenizer, prompt_tokens(tokenizer)), ref_logprobs, 42, 0.05, directory / "bars.png")
-
-
-# ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
-    parser.add_argument("--weights", default=str(HERE / "weights"), metavar="PATH|DIR|latest|random", help="which policy (default: the shipped one)")
-    parser.add_argument("--reference", metavar="MODEL", help="path or hub name of the reference (default: the run's own)")
-    parser.add_argument("--target", type=int, help="the right number (default: the run's own)")
-    parser.add_argument("--beta", type=float, help="β of the optimum (default: the run's own)")
-    parser.add_argument("--sample", type=int, metavar="N", help="print N answers of the policy")
-    parser.add_argument("--bars", type=Path, metavar="FILE", help="draw π_ref, π_θ and π* and the calibration of Q_T")
-    parser.add_argument("--q0-study", action="store_true", help="bias and spread of the estimators of Q0")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample (default 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--study", type=Path, metavar="DIR", help="train some 76 runs and re-make the README's tables in DIR")
-    parser.add_argument("--smoke", action="store_true", help="a random tiny model against itself, to see that everything runs")
+    what = parser.add_argument_group("whose policy")
+    what.add_argument("--weights", default=str(HERE / "weights"), metavar="PATH|DIR|latest|random",
+                      help="whose policy (default: the shipped one)")
+    what.add_argument("--run", metavar="DIR|latest",
+                      help="judge a finished run: eval.json and curve.png go into its directory")
+    showing = parser.add_argument_group("what to show")
+    showing.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    showing.add_argument("--samples", type=int, metavar="N", help="show N answers of the policy")
+    showing.add_argument("--seed", type=int, default=0, help="of --samples (default 0)")
+    showing.add_argument("--bars", type=Path, metavar="FILE",
+                         help="draw π_ref, π_θ and π*, and Q_T against the reward")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--smoke", action="store_true", help="a random model: does it run?")
+    machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     for flag, path in (("--json", args.json), ("--bars", args.bars)):
-        try:
-            good = not path or not path.is_dir() and path.absolute().parent.is_dir()
-        except OSError:
-            good = False
-        if not good:
+        if path and (os.path.isdir(path) or not os.path.isdir(path.absolute().parent)):
             fail(f"{flag} {path} must be a file in a directory that exists")
-    if args.target is not None and not 1 <= args.target <= 100:
-        fail(f"--target must be in 1 … 100, not {args.target}")
-    if args.beta is not None and not 0 < args.beta < math.inf:
-        fail(f"--beta must be above 0, not {args.beta}")
-    if args.q0_study and args.json:
-        fail("--q0-study prints a table; --json goes without it")
-    if args.sample is not None and not 1 <= args.sample <= 100_000:
-        fail(f"--sample must be in 1 … 100000, not {args.sample}")
+    if args.samples is not None and not 1 <= args.samples <= 100_000:
+        fail(f"--samples must be in 1 … 100000, not {args.samples}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must be in 0 … 2147483647, not {args.seed}")
+    if args.run and (args.json or args.samples or args.bars or args.smoke):
+        fail("--run judges a run and shows nothing else; for the other flags give --weights DIR")
     return args
 
 
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")                  # a Windows pipe may not know π
+            stream.reconfigure(errors="replace")      # a Windows pipe may not know π
     args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    if args.study:
-        return study(args.study)
-    if args.smoke or args.weights == "random":
-        policy, tokenizer = random_model()
-        reference, config = policy, {}
-    else:
-        path, config = find_policy(args.weights)
-        policy, tokenizer = load_model(str(path))
-        reference, _ = load_model(args.reference or config.get("model") or str(HERE / "weights" / "base"))
-    target, beta = args.target or config.get("target", 42), args.beta or config.get("beta", 0.05)
-    prompt = prompt_tokens(tokenizer)
-    policy_logprobs, ref_logprobs = (enumerate_answers(model.eval(), tokenizer, prompt) for model in (policy, reference))
-    if args.q0_study:
-        return q0_study(ref_logprobs, target)
-    q_terminal, rewards = calibration(policy_logprobs, ref_logprobs, target, beta)
-    result = evaluate(policy_logprobs, ref_logprobs, target, beta) | dict(calibration_error=np.abs(q_terminal - rewards).mean().item(), target=target, beta=beta)
-    print(f"target {target}, β {beta}: total variation distance to π* {result['tv']:.4f}, KL(π_θ‖π*) {result['kl']:.4f} nats, invalid answers {result['invalid_mass']:.2%}")
-    print(f"expected |guess − target| {result['mean_distance']:.2f} (optimum {result['optimal_mean_distance']:.2f}); exact Q0 {result['q0']:.4f}; "
-          f"calibration: mean |Q_T − r| {result['calibration_error']:.4f}")
-    if args.sample:
-        rows = sample(policy, tokenizer, prompt, args.sample, torch.Generator().manual_seed(args.seed))
-        result["samples"] = [answer_text(tokenizer, row) for row in rows]
-        print("samples: " + ", ".join(f'"{text}"' for text in result["samples"]))
+    torch.set_num_threads(1)          # the last digits then depend on no number of cores
+    plt.switch_backend("Agg")         # no window
+    if args.run:
+        out = newest_run("train.json") if args.run == "latest" else Path(args.run)
+        return judge_run(out, args.quiet)
+    policy, reference, tokenizer, config = load_run("random" if args.smoke else args.weights)
+    target, beta = config["target"], config["beta"]
+    logprobs = enumerate_answers(policy, tokenizer)
+    ref_logprobs = enumerate_answers(reference, tokenizer)
+    result = judge(logprobs, ref_logprobs, target, beta)
+    lines = [f"target {target}, β {beta}: total variation distance to π* {result['tv']:.4f}, "
+             f"KL(π_θ‖π*) {result['kl']:.4f} nats, invalid answers {result['invalid_mass']:.2%}",
+             f"expected |guess − target| {result['mean_distance']:.2f} (optimum "
+             f"{result['optimal_mean_distance']:.2f}); exact Q0 {result['q0']:.4f}; "
+             f"calibration: mean |Q_T − r| {result['calibration_error']:.4f}"]
+    if args.samples:
+        generator = torch.Generator().manual_seed(args.seed)
+        answers = own_answers(policy, tokenizer, args.samples, generator)
+        result["samples"] = [answer_text(tokenizer, answer) for answer in answers]
+        lines.append("samples: " + ", ".join(f'"{text}"' for text in result["samples"]))
     if args.bars:
-        draw_bars(policy_logprobs, ref_logprobs, target, beta, args.bars)
-        print(f"wrote {args.bars}")
+        write_or_fail("--bars", args.bars, draw_bars(logprobs, ref_logprobs, target, beta))
     if args.json:
-        try:
-            write(args.json, json.dumps(result, indent=1) + "\n")
-        except OSError as problem:
-            fail(f"--json {args.json} cannot be written ({problem.strerror}); choose another file")
+        write_or_fail("--json", args.json, json.dumps(result, indent=1) + "\n")
+    if not args.quiet:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":
@@ -427,6 +455,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+    except BrokenPipeError:                           # whoever read our output (head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)

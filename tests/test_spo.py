@@ -20,7 +20,8 @@ FOLDER = REPO / "spo_dummy"
 TRAIN, EVAL = FOLDER / "train_spo.py", FOLDER / "spo_eval.py"
 train, evaluation = load("spo_dummy/train_spo.py"), load("spo_dummy/spo_eval.py")
 torch.set_num_threads(1)
-SIZES = dict(vocab_size=40, pad_token_id=0, eos_token_id=2, bos_token_id=None)
+END = 2                                                           # the end token of the random models
+SIZES = dict(vocab_size=40, pad_token_id=0, eos_token_id=END, bos_token_id=None)
 
 
 def random_models():
@@ -36,6 +37,11 @@ each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys()
 
 
 # ---- the task -------------------------------------------------------------------------------------------------------
+
+def shipped_model():
+    model, tokenizer = train.load_model(train.AutoModelForCausalLM, FOLDER / "weights" / "base")
+    return model.eval(), tokenizer
+
 
 @pytest.mark.parametrize("text, guess", [("1", 1), ("100", 100), (" 42", None), ("42\n", None), ("0", None), ("101", None), ("042", None), ("4 2", None), ("", None), ("42.", None),
                                          ("-5", None), ("15…", None), ("٤٢", None)])
@@ -94,10 +100,8 @@ def test_prompt_positions_get_no_gradient_of_their_own_loss(model):
 
 @each_model
 def test_samples_follow_the_models_own_distribution(model):
-    class Tokenizer:
-        eos_token_id = 2
     prompt = torch.tensor([[5, 6, 7]])
-    rows = train.sample(model, Tokenizer, prompt, 4000, torch.Generator().manual_seed(0))
+    rows = train.generate(model, prompt, 4000, END, torch.Generator().manual_seed(0))
     wanted = model(input_ids=prompt).logits[0, -1].softmax(-1).detach()
     share = torch.bincount(torch.tensor([row[0] for row in rows]), minlength=40) / 4000
     chi = (4000 * (share - wanted).square() / wanted).sum().item()
@@ -180,17 +184,16 @@ def test_cross_entropy_is_flat_at_the_optimum_even_for_the_best_answer_and_refus
 
 @pytest.mark.parametrize("q0, tolerance", [("exact", 1e-6), ("mc", 0.02)])
 def test_the_trainers_own_q0_against_enumeration(q0, tolerance):
-    model, tokenizer = train.load_model(str(FOLDER / "weights" / "base"))
-    prompt = train.prompt_tokens(tokenizer)
-    ref_logprobs = train.enumerate_answers(model.eval(), tokenizer, prompt)
+    model, tokenizer = shipped_model()
+    ref_logprobs = train.enumerate_answers(model, tokenizer)
     config = train.Config(q0=q0, q0_samples=4000, beta=0.1)
-    got = train.estimate_q0(config, model, None, tokenizer, prompt, ref_logprobs, torch.Generator().manual_seed(0), lambda text: None)
-    assert got == pytest.approx(train.closed_form(ref_logprobs, 42, 0.1)[3], abs=tolerance)
+    got = train.estimate_q0(config, None, model, tokenizer, ref_logprobs, torch.Generator().manual_seed(0), lambda text: None)
+    assert got == pytest.approx(train.closed_form(ref_logprobs, 42, 0.1)["q0"], abs=tolerance)
 
 
 def test_evaluation_of_the_optimum_itself_is_zero():
     ref = torch.randn(100, generator=torch.Generator().manual_seed(0)).log_softmax(-1) + math.log(0.95)
-    _, optimum, _, _ = train.closed_form(ref, 42, 0.05)
+    optimum = train.closed_form(ref, 42, 0.05)["pi_star"]
     result = train.evaluate(optimum[:100].log(), ref, 42, 0.05)
     assert result["tv"] < 1e-9 and abs(result["kl"]) < 1e-9 and result["mean_distance"] == pytest.approx(result["optimal_mean_distance"])
     assert train.evaluate(ref, ref, 42, 0.05)["tv"] > 0.5
@@ -200,10 +203,9 @@ def test_evaluation_of_the_optimum_itself_is_zero():
 
 @pytest.mark.parametrize("behaviour", ["uniform", "on-policy", "replay", "adversarial"])
 def test_behaviour_policies(behaviour):
-    model, tokenizer = train.load_model(str(FOLDER / "weights" / "base"))
-    prompt = train.prompt_tokens(tokenizer)
+    model, tokenizer = shipped_model()
     config = train.Config(behaviour=behaviour, include_invalid=0.3 if behaviour == "uniform" else 0.0)
-    rows = train.behave(config, model, tokenizer, prompt, 400, np.random.default_rng(0), torch.Generator().manual_seed(0), [])
+    rows = train.behave(config, model, tokenizer, 400, np.random.default_rng(0), torch.Generator().manual_seed(0), [])
     texts = [train.answer_text(tokenizer, row) for row in rows]
     rewards = np.array([train.reward_of(text, 42) for text in texts])
     assert len(rows) == 400 and all(row.count(tokenizer.eos_token_id) == 1 and row[-1] == tokenizer.eos_token_id or
@@ -215,41 +217,46 @@ def test_behaviour_policies(behaviour):
 
 
 def test_answers_end_with_one_end_token_and_decode_back():
-    _, tokenizer = train.load_model(str(FOLDER / "weights" / "base"))
+    _, tokenizer = shipped_model()
     for row, text in zip(train.answer_tokens(tokenizer, train.NUMBERS), train.NUMBERS):
         assert row[-1] == tokenizer.eos_token_id and row.count(tokenizer.eos_token_id) == 1 and train.answer_text(tokenizer, row) == text
     assert train.parse_guess(train.answer_text(tokenizer, train.answer_tokens(tokenizer, ["42"])[0][:-1])) is None      # never-ending answer
 
 
-SMALL = ["--epochs", "4", "--samples", "256", "--batch", "64", "--quiet"]
+SMALL = ["--epochs", "4", "--samples", "256", "--batch-size", "64", "--quiet"]
 
 
 def test_replay_uses_the_models_own_answers_even_one_at_a_time():
-    model, tokenizer = train.load_model(str(FOLDER / "weights" / "base"))
+    model, tokenizer = shipped_model()
     rng, generator, buffer = np.random.default_rng(0), torch.Generator().manual_seed(0), []
-    marked = [[9, 9, tokenizer.eos_token_id]] * 50                # "44", put there by hand
+    marked = [(9, 9, tokenizer.eos_token_id)] * 50                # "44", put there by hand
     buffer.extend(marked)
-    rows = [train.behave(train.Config(behaviour="replay"), model, tokenizer, train.prompt_tokens(tokenizer), 1, rng, generator, buffer)[0] for _ in range(60)]
+    rows = [train.behave(train.Config(behaviour="replay"), model, tokenizer, 1, rng, generator, buffer)[0] for _ in range(60)]
     assert 10 < rows.count(marked[0]) < 45
 
 
-def test_update_is_the_gradient_of_the_plain_batch():
+def test_update_is_the_gradient_of_the_plain_batch(monkeypatch):
     """Equal answers scored once, and a reference asked once, must not change the gradient."""
     from accelerate import Accelerator
-    model, tokenizer = train.load_model(str(FOLDER / "weights" / "base"))
-    reference, _ = train.load_model(str(FOLDER / "weights" / "base"))
-    prompt, rows = train.prompt_tokens(tokenizer), train.answer_tokens(tokenizer, ["42", "7", "42", "100", "42", "7"])
-    config, known = train.Config(grad_clip=1e9, loss="squared"), {}
+    model, tokenizer = shipped_model()
+    reference, _ = shipped_model()
+    texts = ["42", "7", "42", "100", "42", "7"]
+    prompt, answers = train.prompt_tokens(tokenizer), train.answer_tokens(tokenizer, texts)
+    config, known = train.Config(max_grad_norm=1e9, loss="squared", batch_size=len(texts)), {}
     with torch.no_grad():
         model.lm_head.weight += 0.05 * torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
-    completions, mask = train.pad(rows, tokenizer.pad_token_id)
+    completions, mask = train.pad(answers, tokenizer.pad_token_id)
     log_ratio = train.completion_logprobs(model, prompt, completions, mask) - train.completion_logprobs(reference, prompt, completions, mask).detach()
-    rewards = torch.tensor([train.reward_of(text, 42) for text in ["42", "7", "42", "100", "42", "7"]])
+    rewards = torch.tensor([train.reward_of(text, 42) for text in texts])
     loss, _ = train.spo_loss(log_ratio, rewards, -0.1, 0.05, "squared")
     wanted = torch.autograd.grad(loss, list(model.parameters()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    got, texts, seen, _ = train.update(config, Accelerator(cpu=True), model, reference, tokenizer, prompt, optimizer, rows, -0.1, known)
-    assert got == pytest.approx(loss.item(), rel=1e-5) and texts == ["42", "7", "42", "100", "42", "7"] and len(known) == 3
+    monkeypatch.setattr(train, "behave", lambda *arguments: answers)
+    accelerator = Accelerator(cpu=True)
+    batch, seen = train.collect(config, accelerator, model, reference, tokenizer, None, None, [], known)
+    got, _ = train.update(config, accelerator, model, optimizer, torch.tensor(-0.1), batch)
+    assert got == pytest.approx(loss.item(), rel=1e-5) and seen == texts and len(known) == 3
+    assert batch["which"].tolist() == [0, 1, 0, 2, 0, 1] and len(batch["completion_ids"]) == 3
     for parameter, gradient in zip(model.parameters(), wanted):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
     assert all(p.grad is None for p in reference.parameters())
@@ -259,8 +266,9 @@ def test_a_short_run_moves_towards_the_optimum(tmp_path):
     process = run(TRAIN, "--epochs", "2", "--samples", "25600", "--quiet", "--out", tmp_path / "a")
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "a" / "eval.json").read_text())
-    assert result["tv"] < 0.5 and set(result) == {"tv", "kl", "invalid_mass", "mean_distance", "optimal_mean_distance", "q0"}
-    process = run(EVAL, "--weights", tmp_path / "a", "--json", tmp_path / "e.json", "--bars", tmp_path / "b.png", "--sample", "3")
+    assert result["tv"] < 0.5 and set(result) == {
+        "tv", "kl", "invalid_mass", "mean_distance", "optimal_mean_distance", "q0", "calibration_error", "target", "beta"}
+    process = run(EVAL, "--weights", tmp_path / "a", "--json", tmp_path / "e.json", "--bars", tmp_path / "b.png", "--samples", "3")
     assert process.returncode == 0 and "samples:" in process.stdout and (tmp_path / "b.png").exists(), process.stderr
     assert json.loads((tmp_path / "e.json").read_text())["tv"] == pytest.approx(result["tv"], abs=1e-5)
 
@@ -276,7 +284,7 @@ def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
     assert run(TRAIN, "--quiet", "--resume", tmp_path / "killed").returncode == 0
     for name in ("metrics.csv", "eval.json", "config.json", "curve.png", "policy/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert_one_line_error(call(train, "--resume", tmp_path / "killed", "--beta", "0.3"), "beta", "0.05", "0.3")
+    assert_one_line_error(call(train, "--resume", tmp_path / "killed", "--beta", "0.3"), "--resume", "--device")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -298,19 +306,23 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_alike(extra, tmp_pat
         assert len((tmp_path / "whole" / "metrics.csv").read_text().splitlines()) < 10
 
 
-def test_the_presets_trace():
-    process = call(train, "--preset", "seed", "--epochs", "2", "--samples", "12", "--out", Path(tempfile.mkdtemp()) / "o")
+def test_the_presets_trace(tmp_path):
+    process = run(TRAIN, "--preset", "original", "--epochs", "2", "--samples", "12", "--out", tmp_path / "o")
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    assert [line for line in lines if line.startswith("first training samples")][0].count("reward") == 5
-    for words in ("samples of the untrained model", "Q0 from 256 samples", "within 5 % of the target", "cumulative advantage", "Q_T", "average loss", "average reward",
+    first = [line for line in lines if "first training samples" in line]
+    assert len(first) == 5 and all("reward -" in line or "reward 0" in line for line in first)
+    for words in ("samples of the untrained model", "Q0 from 256 samples", "within 5 % of the target", "cumulative advantage", "Q_T", "avg loss", "reward",
                   "current predictions", "best mean distance", "(change ", "samples of the trained model", "NOT at π*"):
         assert any(words in line for line in lines), words
+    assert [line.split()[0] for line in lines if line[:8].strip().isdigit()] == ["1", "2"]        # the table's two rows
+    order = [next(k for k, line in enumerate(lines) if words in line) for words in ("samples of the trained", "NOT at π*", "Look at")]
+    assert order == sorted(order)                                 # the judge speaks last, through a pipe too
 
 
 def saved_model(directory, kind):
     """A random model with the shipped digit tokenizer's words, but another shape and another chat template."""
-    _, tokenizer = train.load_model(str(FOLDER / "weights" / "base"))
+    _, tokenizer = shipped_model()
     model = MODELS[kind]
     model = type(model)(type(model.config)(**(model.config.to_dict() | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id))))
     tokenizer.chat_template = ("{{ '<|user|>be brief<|end|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -327,6 +339,7 @@ def test_a_run_with_another_model_resumes_from_another_directory(kind, tmp_path,
     monkeypatch.chdir(tmp_path)
     process = call(train, "--model", "m", *SMALL[:-1], "--epochs", "1", "--out", "o")
     assert process.returncode == 0, process.stderr
+    assert (tmp_path / "o" / "eval.json").exists()
     assert "--model" in json.loads((tmp_path / "o" / "train.json").read_text())["command"]
     monkeypatch.chdir("/")
     process = call(evaluation, "--weights", tmp_path / "o")
@@ -339,18 +352,59 @@ def test_models_that_cannot_serve_are_refused_in_one_line(tmp_path):
     assert_one_line_error(call(train, "--model", tmp_path / "damaged", "--quiet", "--out", tmp_path / "o1"), "loaded")
     for name, change, word in (("mute", dict(eos_token=None), "end-of-sequence"), ("plain", dict(chat_template=None), "chat template")):
         saved_model(tmp_path / name, "qwen2")
-        _, tokenizer = train.load_model(str(tmp_path / name))
+        _, tokenizer = train.load_model(train.AutoModelForCausalLM, tmp_path / name)
         for key, value in change.items():
             setattr(tokenizer, key, value)
         for path in (tmp_path / name).glob("*template*"):
             path.unlink()
         tokenizer.save_pretrained(tmp_path / name)
-        assert_one_line_error(call(train, "--model", tmp_path / name, "--quiet", "--out", tmp_path / f"o_{name}"), word)
+        assert_one_line_error(call(train, "--model", tmp_path / name, "--quiet", "--out", tmp_path / f"o_{name}"), word, "choose a chat model")
+
+
+def test_what_the_breaks_do():
+    model, tokenizer = shipped_model()
+    prompt_ids, answers = train.prompt_tokens(tokenizer), train.answer_tokens(tokenizer, ["4", "42"])
+    completion_ids, completion_mask = train.pad(answers, tokenizer.eos_token_id)
+    batch = dict(prompt_ids=prompt_ids, completion_ids=completion_ids, completion_mask=completion_mask, ref_logprobs=torch.ones(2))
+    broken = train.sabotage(batch, train.Config(broken="no-reference"), model, tokenizer)
+    assert broken["ref_logprobs"].tolist() == [0, 0] and batch["ref_logprobs"].tolist() == [1, 1]
+    broken = train.sabotage(batch, train.Config(broken="missing-eos"), model, tokenizer)
+    assert broken["completion_mask"].tolist() == [[1, 0, 0], [1, 1, 0]]
+    assert broken["ref_logprobs"][0] > broken["ref_logprobs"][1]           # "4" now includes "42"
+    assert train.sabotage(batch, train.Config(broken="qzero-floor"), model, tokenizer) is batch
+    ref_logprobs = train.enumerate_answers(model, tokenizer)
+    optimum = train.closed_form(ref_logprobs, 42, 0.05)
+
+    def q0(**settings):
+        return train.estimate_q0(train.Config(**settings), model, model, tokenizer, ref_logprobs, torch.Generator().manual_seed(0), lambda text: None)
+    assert q0(broken="qzero-mean-reward") == pytest.approx((optimum["pi_ref"] * optimum["rewards"]).sum().item())
+    assert q0(broken="qzero-from-policy") == q0(q0="mc") == pytest.approx(optimum["q0"], abs=0.02)     # untrained: both are one model
+    assert q0(broken="qzero-floor") == pytest.approx(q0(q0="mc"), abs=1e-6)                             # a target whose Q0 is above the floor
+    assert q0(broken="qzero-floor", target=1, beta=1e-3) >= 1e-3 * math.log(1e-8)
+
+
+def test_smoke_and_preset_give_way_to_flags():
+    class Arguments:
+        smoke, preset = True, "original"
+    config = train.new_run(dict(epochs=3, beta=0.2), Arguments)
+    assert (config.epochs, config.samples, config.beta, config.target) == (3, 16, 0.2, 1)
+
+
+@pytest.mark.parametrize("script", [train, evaluation])
+def test_latest_passes_over_smoke_runs(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    for age, name in ((30, "20260101-000000_seed1"), (20, "20260102-000000_seed1"), (10, "20260103-000000_seed1_smoke")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "train.json").write_text("{}")
+        os.utime(tmp_path / "runs" / name / "train.json", (time.time() - age,) * 2)
+    assert script.newest_run("train.json").name == "20260102-000000_seed1"
+    with pytest.raises(SystemExit):                               # only an unfinished run has none of these
+        script.newest_run("no-such-file")
 
 
 @pytest.mark.parametrize("name", train.BREAKS)
 def test_every_broken_variant_runs(name, tmp_path):
-    assert call(train, "--epochs", "1", "--samples", "32", "--batch", "16", "--quiet", "--break", name, "--out", tmp_path / "o").returncode == 0
+    assert call(train, "--epochs", "1", "--samples", "32", "--batch-size", "16", "--quiet", "--break", name, "--out", tmp_path / "o").returncode == 0
 
 
 def test_two_processes_train_together(tmp_path):
@@ -379,7 +433,7 @@ def test_the_reference_is_frozen(tmp_path, monkeypatch):
     original = train.copy.deepcopy
     monkeypatch.setattr(train.copy, "deepcopy", deepcopy)
     from accelerate import Accelerator
-    policy, _, _ = train.train(train.Config(epochs=1, samples=64, batch=16), tmp_path, Accelerator(cpu=True), lambda *text: None)
+    policy, _, _ = train.train(train.Config(epochs=1, samples=64, batch_size=16), tmp_path, Accelerator(cpu=True), lambda *text: None)
     after = kept["reference"].state_dict()
     assert all(torch.equal(after[name], kept["before"][name]) for name in after)
     assert any(not torch.equal(tensor, after[name]) for name, tensor in policy.state_dict().items())
@@ -388,20 +442,13 @@ def test_the_reference_is_frozen(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, words", [
     (["--target", "0"], ["--target"]), (["--target", "101"], ["--target"]), (["--beta", "0"], ["--beta"]), (["--beta", "-1"], ["--beta"]), (["--beta", "nan"], ["--beta"]),
     (["--lr", "0"], ["--lr"]), (["--loss", "huber"], ["squared"]), (["--behaviour", "kind"], ["uniform"]), (["--break", "x"], ["missing-eos"]),
-    (["--model", "no/such/model/here"], ["no/such/model/here", "loaded"]), (["--break", "qzero-floor", "--q0", "learned"], ["--q0 learned"]), (["--bta", "1"], ["--help"])])
+    (["--model", "no/such/model/here"], ["no/such/model/here", "loaded"]), (["--break", "qzero-floor", "--q0", "learned"], ["--q0 learned"]), (["--bta", "1"], ["--help"]),
+    (["--samples", "100"], ["--samples", "--batch-size"]), (["--seed", "-1"], ["--seed"]), (["--preset", "seed"], ["original"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--quiet", "--out", tmp_path / "out"), *words)
 
 
-@pytest.mark.parametrize("missing", ["eos_token", "chat_template"])
-def test_a_tokenizer_without_end_or_chat_template_is_refused(missing, tmp_path):
-    model, tokenizer = train.random_model()
-    setattr(tokenizer, missing, None)
-    model.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    assert_one_line_error(call(train, "--model", tmp_path / "m", "--quiet", "--out", tmp_path / "o"), "chat model")
-
-
-@pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--target", "0"], ["--beta", "0"], ["--sample", "0"], ["--json", "no/such/x.json"], ["--bars", "."]])
+@pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--seed", "-1"], ["--json", "no/such/x.json"], ["--bars", "."], ["--run", "."],
+                                       ["--run", "nowhere"], ["--run", "latest", "--samples", "3"]])
 def test_eval_refuses_bad_values(arguments, tmp_path):
     assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path))
