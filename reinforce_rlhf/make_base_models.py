@@ -7,7 +7,7 @@ rudeness, sentences that stop in the middle. Answers are put together from these
     1. a byte-pair tokenizer with a chat template,
     2. weights/sft: a GPT-2 of about 0.7 million parameters, fine-tuned on the whole mixture, so that its answers are fluent and of every quality,
     3. data/train.jsonl, data/held_out.jsonl: pairs of answers, each graded 1 to 10 by an annotator who errs, the better-graded one called chosen,
-    4. data/prompts_held_out.txt: prompts that appear nowhere else.
+    4. data/prompts_train.jsonl, the prompts of the training pairs, and data/prompts_held_out.jsonl, prompts that appear nowhere else.
 The true quality (gold_score) is in none of these files: training never sees it, evaluation does.
 
 Shapes: B texts, L tokens.
@@ -43,13 +43,18 @@ CONTEXT = 128
 
 # ---- the world ------------------------------------------------------------------------------------------------------
 
-def load_world(path):
-    """world.json, with world["topic_of"]: the topic of each of its prompts; None where the file is missing."""
+def load_world():
+    """The topics and what is true of them, and topic_of: {prompt: its topic}; empty where
+    world.json is missing."""
+    path = HERE / "world.json"
     if not path.exists():
-        return None
+        return dict(topic_of={})
     world = json.loads(path.read_text(encoding="utf8"))
-    world["topic_of"] = {prefix + template.format(name=topic["name"]): topic for topic in world["topics"] for prefix in world["prefixes"] for template in world["templates"]}
-    return world
+    topic_of = {}
+    for topic in world["topics"]:
+        asked = [template.format(name=topic["name"]) for template in world["templates"]]
+        topic_of |= {prefix + prompt: topic for prefix in world["prefixes"] for prompt in asked}
+    return world | dict(topic_of=topic_of)
 
 
 def sentences_of(text):
@@ -60,27 +65,33 @@ def sentences_of(text):
 def gold_score(world, prompt, text):
     """The true quality of an answer, 1 to 10, or None for a prompt of another world.
 
-    1, and 1.2 for each different true statement about the topic (up to five), 1 if they come in the order what, how, why, 2 for a closing
-    sentence at the end; less 1 for each repetition, off-topic statement, filler, unfinished or garbled sentence, less 2 for rudeness.
+    1, and 1.2 for each different true statement about the topic (up to five), 1 if they come in the
+    order what, how, why, 2 for a closing sentence at the end; less 1 for each repetition, off-topic
+    statement, filler, unfinished or garbled sentence, less 2 for rudeness.
     """
-    topic = world["topic_of"].get(prompt) if world and isinstance(prompt, str) else None
+    topic = world["topic_of"].get(prompt) if isinstance(prompt, str) else None
     if topic is None:
         return None
-    kinds = {statement: number for number, kind in enumerate(("what", "how", "why")) for statement in topic[kind]}
-    said, order, minus, parts = set(), [], 0, sentences_of(text)
-    for place, sentence in enumerate(parts):
+    kind_of = {}                                      # statement -> 0 (what), 1 (how), 2 (why)
+    for number, kind in enumerate(("what", "how", "why")):
+        kind_of.update(dict.fromkeys(topic[kind], number))
+    sentences = sentences_of(text)
+    said, faults = [], 0
+    for place, sentence in enumerate(sentences):
         if sentence in world["closings"]:
-            minus += place < len(parts) - 1                       # "in short" in the middle closes nothing
+            faults += place < len(sentences) - 1      # "in short" in the middle closes nothing
             continue
         for connective in world["connectives"]:
             sentence = sentence.removeprefix(connective + " ")
         statement = sentence[:1].lower() + sentence[1:].removesuffix(".")
-        if sentence.endswith(".") and statement in kinds and statement not in said:
-            said.add(statement)
-            order.append(kinds[statement])
+        if sentence.endswith(".") and statement in kind_of and statement not in said:
+            said.append(statement)
         else:
-            minus += 2 if sentence in world["rude"] else 1
-    score = 1 + 1.2 * min(len(said), 5) + (len(order) > 1 and order == sorted(order)) + 2 * (bool(parts) and parts[-1] in world["closings"]) - minus
+            faults += 2 if sentence in world["rude"] else 1
+    kinds = [kind_of[statement] for statement in said]
+    in_order = len(kinds) > 1 and kinds == sorted(kinds)
+    closed = bool(sentences) and sentences[-1] in world["closings"]
+    score = 1 + 1.2 * min(len(said), 5) + in_order + 2 * closed - faults
     return min(max(score, 1.0), 10.0)
 
 
@@ -201,7 +212,7 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
@@ -220,8 +231,8 @@ def main():
         args.updates, args.batch = 3, 4
     if args.updates < 1 or args.batch < 1:
         fail("--updates and --batch must be at least 1")
-    world = load_world(HERE / "world.json")
-    if world is None:
+    world = load_world()
+    if not world["topic_of"]:
         if not args.smoke:
             fail(f"{HERE / 'world.json'} is missing; take it from the repository")
         world = dict(connectives=["Also,"], closings=["The end."], filler=["Well."], rude=["No."], topics=[
@@ -247,7 +258,9 @@ def main():
     (out / "data").mkdir(parents=True, exist_ok=True)
     for name, pairs in data.items():
         write(out / "data" / name, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-    write(out / "data" / "prompts_held_out.txt", "\n".join(held_out) + "\n")
+    asked = list(dict.fromkeys(pair["prompt"] for pair in data["train.jsonl"]))
+    for name, some in (("train", asked), ("held_out", held_out)):
+        write(out / "data" / f"prompts_{name}.jsonl", "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in some))
     (out / "weights").mkdir(exist_ok=True)
     beside = out / "weights" / "sft.part"
     shutil.rmtree(beside, ignore_errors=True)

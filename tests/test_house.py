@@ -19,7 +19,7 @@ TOP_LEVEL = {*FOLDERS, "tests", "requirements.txt", "README.md", "LICENSE", "pyt
 LESSONS = [folder for folder in FOLDERS if (REPO / folder).is_dir()]
 SCRIPTS = sorted(path for folder in LESSONS for path in (REPO / folder).glob("*.py"))
 READMES = [REPO / "README.md", *(REPO / folder / "README.md" for folder in LESSONS)]
-OWN_CODE = {"main", "parse_args", "Config"}      # the names that may stand for different code in two scripts of a folder
+OWN_CODE = {"main", "parse_args", "Config", "train", "check_together"}      # the names that may stand for different code in two scripts of a folder
 per_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 per_lesson = pytest.mark.parametrize("folder", LESSONS)
 

@@ -1,4 +1,5 @@
 """REINFORCE for RLHF: losses, gradients and advantages against TRL and enumeration; the sampler against the model's own distribution; data, processes, resume, bad input."""
+import ast
 import csv
 import itertools
 import json
@@ -11,21 +12,22 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from hypothesis import given, settings, strategies as st
 
 from conftest import REPO, assert_one_line_error, call, load, run
 
 FOLDER = REPO / "reinforce_rlhf"
-TRAIN, EVAL = FOLDER / "train_reinforce_rlhf.py", FOLDER / "reinforce_rlhf_eval.py"
-train, evaluation, base_models = load("reinforce_rlhf/train_reinforce_rlhf.py"), load("reinforce_rlhf/reinforce_rlhf_eval.py"), load("reinforce_rlhf/make_base_models.py")
+TRAIN, REWARD, EVAL = FOLDER / "train_reinforce_rlhf.py", FOLDER / "train_reward_model.py", FOLDER / "reinforce_rlhf_eval.py"
+train, reward, evaluation = load("reinforce_rlhf/train_reinforce_rlhf.py"), load("reinforce_rlhf/train_reward_model.py"), load("reinforce_rlhf/reinforce_rlhf_eval.py")
+answers, study, base_models = load("reinforce_rlhf/make_answers.py"), load("reinforce_rlhf/study.py"), load("reinforce_rlhf/make_base_models.py")
 torch.set_num_threads(1)
-WORLD = train.load_world(FOLDER / "world.json")
+WORLD = evaluation.load_world()
 SIZES = dict(vocab_size=40, pad_token_id=0, eos_token_id=2, bos_token_id=None)
 DECODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **SIZES)
 
@@ -43,6 +45,7 @@ PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 2, 9, 10], [0, 11, 12, 13]])          
 PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
 ROWS = [[10, 11, 2], [12, 13, 12, 5, 2], [16, 2]]
 turn = lambda role, content: dict(role=role, content=content)
+MESSAGES = [turn("user", "Hi."), turn("assistant", "Hello."), turn("user", "Why?")]
 PAIR = dict(prompt="What is sleep?", chosen="Sleep is a time of rest for body and mind.", rejected="Nobody asked you.")
 
 
@@ -60,8 +63,8 @@ def a_batch(seed=0, B=8, T=4, L=6):
 
 def gradient_of(model, config, batch, advantages):
     """(gradient of all weights, loss), without moving the weights."""
-    loss, _ = train.update(config, Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.0), batch, advantages)
-    return flat_gradient(model), loss
+    terms = train.update(config, Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.0), batch | dict(advantages=advantages))
+    return flat_gradient(model), terms["loss"]
 
 
 def flat_gradient(model):
@@ -69,7 +72,7 @@ def flat_gradient(model):
 
 
 def config(**changes):
-    return train.Config(**(dict(grad_clip=1e9, max_new_tokens=6, k=4, micro_batch=8) | changes))
+    return train.Config(**(dict(max_grad_norm=1e9, max_new_tokens=6, group_size=4, micro_batch=8) | changes))
 
 
 def rows_of(path):
@@ -77,7 +80,36 @@ def rows_of(path):
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-# ---- scoring and drawing --------------------------------------------------------------------------------------------
+def byte_tokenizer():
+    """A token per byte, no chat template, and the end token pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {"<|end|>": 0, **{sign: k + 1 for k, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def byte_model():
+    """(random GPT-2, byte_tokenizer)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    tokenizer = byte_tokenizer()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, bos_token_id=None, eos_token_id=0,
+                                      pad_token_id=0)).eval(), tokenizer
+
+
+def sft_model():
+    return train.load_policy(train.Config())
+
+
+@pytest.fixture(autouse=True)
+def no_judge(monkeypatch):
+    """Runs inside this process are not judged, which saves starting two processes; those started as processes are."""
+    for module in (train, reward):
+        monkeypatch.setattr(module, "start_judge", lambda out, args: None)
+
+
+# ---- scoring and sampling ------------------------------------------------------------------------------------------
 
 def penalised(ids, logits, penalty):
     """The library's own penalty, as an oracle; ids [1, n] without padding."""
@@ -88,8 +120,9 @@ def penalised(ids, logits, penalty):
 @each_model
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_padded_logprobs_equal_a_token_by_token_loop(model, penalty):
-    completion_ids, completion_mask = train.pad_right(ROWS, 0, "cpu")
-    got = train.completion_logprobs(model, PROMPTS, PROMPT_MASK, completion_ids, completion_mask.float(), 0.7, penalty)
+    completion_ids, completion_mask = train.pad_right(ROWS, 0)
+    batch = dict(prompt_ids=PROMPTS, prompt_mask=PROMPT_MASK, completion_ids=completion_ids, completion_mask=completion_mask.float())
+    got = train.completion_logprobs(model, batch, 0.7, penalty)
     for i, row in enumerate(ROWS):
         ids = PROMPTS[i][PROMPT_MASK[i] == 1][None]
         for t, token in enumerate(row):
@@ -99,20 +132,21 @@ def test_padded_logprobs_equal_a_token_by_token_loop(model, penalty):
         assert (got[i, len(row):] == 0).all()
     # More padding on either side, filled with tokens that a penalty would notice, changes nothing
     pad = torch.nn.functional.pad
-    wide = train.completion_logprobs(model, pad(PROMPTS, (3, 0), value=12), pad(PROMPT_MASK, (3, 0)), pad(completion_ids, (0, 3), value=2),
-                                     pad(completion_mask.float(), (0, 3)), 0.7, penalty)
+    padded = dict(prompt_ids=pad(PROMPTS, (3, 0), value=12), prompt_mask=pad(PROMPT_MASK, (3, 0)), completion_ids=pad(completion_ids, (0, 3), value=2),
+                  completion_mask=pad(completion_mask.float(), (0, 3)))
+    wide = train.completion_logprobs(model, padded, 0.7, penalty)
     torch.testing.assert_close(wide[:, :5], got, atol=1e-5, rtol=0)
     assert (wide[:, 5:] == 0).all()
-    batch = dict(prompt_ids=PROMPTS, prompt_mask=PROMPT_MASK, completion_ids=completion_ids, completion_mask=completion_mask.float())
     torch.testing.assert_close(train.score(model, batch, 0.7, penalty, 2), got, atol=1e-5, rtol=0)
 
 
 @each_model
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_drawn_logprobs_equal_scoring_and_masks_end_at_the_first_end(model, penalty):
+def test_sampled_logprobs_equal_scoring_and_masks_end_at_the_first_end(model, penalty):
     ends = [2, 3, 4, 5, 6]                                        # a model may have several
     ids, mask, logprobs = train.generate(model, PROMPTS, PROMPT_MASK, 20, 12, 0.8, penalty, ends, torch.Generator().manual_seed(0))
-    again = train.completion_logprobs(model, PROMPTS.repeat_interleave(20, 0), PROMPT_MASK.repeat_interleave(20, 0), ids, mask, 0.8, penalty)
+    batch = dict(prompt_ids=PROMPTS.repeat_interleave(20, 0), prompt_mask=PROMPT_MASK.repeat_interleave(20, 0), completion_ids=ids, completion_mask=mask)
+    again = train.completion_logprobs(model, batch, 0.8, penalty)
     torch.testing.assert_close(again, logprobs, atol=1e-4, rtol=0)
     assert ids.shape[1] == int(mask.sum(1).max())
     for row, m in zip(ids, mask):
@@ -137,7 +171,7 @@ def test_samples_follow_the_models_own_distribution_whatever_its_generation_sett
 
 
 def test_end_tokens_of_a_model_with_several():
-    model, tokenizer = train.load_policy("random")
+    model, tokenizer = byte_model()
     model.generation_config.eos_token_id = [7, 9]
     assert train.end_tokens(model, tokenizer) == [0, 7, 9]
 
@@ -149,7 +183,7 @@ def test_ten_grade_loss_and_gradient_equal_enumeration_of_all_grade_pairs():
     chosen, rejected = (2 * torch.randn(5, 10, generator=g, dtype=torch.float64) for _ in range(2))
     chosen.requires_grad_(), rejected.requires_grad_()
     for inverted in (False, True):
-        losses = train.pair_loss(chosen, rejected, 0.3, inverted)
+        losses = reward.pair_loss(chosen, rejected, 0.3, inverted)
         gradients = torch.autograd.grad(losses.sum(), (chosen, rejected))
         for b in range(5):
             p, q = (x[b].softmax(0).tolist() for x in (chosen, rejected))
@@ -164,25 +198,25 @@ def test_ten_grade_loss_and_gradient_equal_enumeration_of_all_grade_pairs():
 def test_uniform_grades_cost_the_same_in_both_orientations_and_only_the_grades_afterwards_tell():
     """The trap: the first loss is .7985 with the right triangle and with the wrong one, and both losses fall alike."""
     flat = torch.zeros(1, 10)
-    assert [train.pair_loss(flat, flat, 0.0, inverted).item() for inverted in (False, True)] == pytest.approx([-math.log(0.45)] * 2, abs=1e-6)
+    assert [reward.pair_loss(flat, flat, 0.0, inverted).item() for inverted in (False, True)] == pytest.approx([-math.log(0.45)] * 2, abs=1e-6)
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 6, 10, generator=g)
     both_ways = torch.cat([logits, logits.flip(0)], dim=1)
-    assert train.pair_loss(*both_ways, 0.0).mean().item() == pytest.approx(train.pair_loss(*both_ways, 0.0, True).mean().item(), abs=1e-6)
+    assert reward.pair_loss(*both_ways, 0.0).mean().item() == pytest.approx(reward.pair_loss(*both_ways, 0.0, True).mean().item(), abs=1e-6)
     for inverted in (False, True):
         table = logits.clone().requires_grad_()
         for _ in range(60):
-            loss = train.pair_loss(*table, 0.0, inverted)
+            loss = reward.pair_loss(*table, 0.0, inverted)
             gradient, = torch.autograd.grad(loss.sum(), table)
             table = (table - gradient).detach().requires_grad_()
-        high, low = (train.reward_of(x) for x in table)
+        high, low = (train.reward_from_logits(x) for x in table)
         assert loss.max() < 0.2 and ((high > low) != inverted).all()
 
 
 @pytest.mark.parametrize("name", ["level1", "level2"])
 def test_expected_reward_of_logits(name):
     logits = torch.tensor([[1.0], [-2.0]]) if name == "level1" else torch.tensor([[0.0] * 10, [-50.0] * 9 + [50.0]])
-    assert train.reward_of(logits).tolist() == pytest.approx([1.0, -2.0] if name == "level1" else [5.5, 10.0])
+    assert train.reward_from_logits(logits).tolist() == pytest.approx([1.0, -2.0] if name == "level1" else [5.5, 10.0])
 
 
 # ---- TRL as an oracle -----------------------------------------------------------------------------------------------
@@ -228,7 +262,7 @@ def test_bradley_terry_loss_and_gradient_equal_trl(center, trl_setup):
     theirs = flat_gradient(trainer.model)
     trainer.model.zero_grad()
     chosen, rejected = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float().chunk(2)
-    losses = train.pair_loss(chosen, rejected, center or 0.0)
+    losses = reward.pair_loss(chosen, rejected, center or 0.0)
     losses.mean().backward()
     assert losses.shape == (4,) and losses.mean().item() == pytest.approx(loss.item(), abs=1e-6)
     assert (flat_gradient(trainer.model) - theirs).norm() / theirs.norm() < 1e-5
@@ -242,12 +276,12 @@ def test_rloo_advantages_with_the_kl_in_the_reward_equal_trl(beta, trl_setup, mo
     torch.manual_seed(1)
     reference = type(policy)(policy.config).eval()
     fixed = [[5, 6, 7, 2], [8, 9, 2], [10, 11, 12, 13, 14, 15], [16, 2]]
-    ids, mask = train.pad_right(fixed, 0, "cpu")
-    drawn = dict(prompt_ids=torch.tensor([[4, 5, 6]] * 4), prompt_mask=torch.ones(4, 3, dtype=torch.long), completion_ids=ids, completion_mask=mask.float())
-    monkeypatch.setattr(train, "generate", lambda *_: (ids, mask.float(), train.score(policy, drawn, 1.0, 1.0, 4)))
+    ids, mask = train.pad_right(fixed, 0)
+    sampled = dict(prompt_ids=torch.tensor([[4, 5, 6]] * 4), prompt_mask=torch.ones(4, 3, dtype=torch.long), completion_ids=ids, completion_mask=mask.float())
+    monkeypatch.setattr(train, "generate", lambda *_: (ids, mask.float(), train.score(policy, sampled, 1.0, 1.0, 4)))
     monkeypatch.setattr(train, "reward_logits", lambda *_: torch.tensor([[1.0], [0.0], [0.0], [0.5]]))
     batch, texts = train.collect(config(kl_coef=beta), policy, reference, tokenizer, (None, None), ["w1 w2 w3"], None)
-    assert torch.equal(batch["prompt_ids"], drawn["prompt_ids"]) and texts[3] == "w13"
+    assert torch.equal(batch["prompt_ids"], sampled["prompt_ids"]) and texts[3] == "w13"
     trainer.ref_model = reference
     add_fused_lm_head(trainer.ref_model, temperature=1.0)
     trainer._generate_single_turn = lambda *_, **__: [list(row) for row in fixed]
@@ -256,15 +290,14 @@ def test_rloo_advantages_with_the_kl_in_the_reward_equal_trl(beta, trl_setup, mo
     assert beta == 0 or (theirs - train.rloo_advantages(batch["rewards"], 4)).abs().max() > 0.01     # the KL counts
 
 
-def test_the_price_is_beta_times_the_whole_answers_kl_at_the_settings_of_drawing(monkeypatch):
+def test_the_price_is_beta_times_the_whole_answers_kl_at_the_settings_of_sampling(monkeypatch):
     torch.manual_seed(1)
-    policy, tokenizer = train.load_policy("random")
-    reference, _ = train.load_policy("random")
+    policy, tokenizer = byte_model()
+    reference, _ = byte_model()
     monkeypatch.setattr(train, "reward_logits", lambda model, its, prompts, answers, longest: torch.arange(float(len(answers)))[:, None])
     settings = config(kl_coef=0.3, temperature=0.7, repetition_penalty=1.3, max_new_tokens=9)
     batch, texts = train.collect(settings, policy.eval(), reference.eval(), tokenizer, (None, None), ["Why?", "What is it?"], torch.Generator().manual_seed(0))
-    tokens = [batch[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
-    wanted = [train.completion_logprobs(model, *tokens, 0.7, 1.3) for model in (policy, reference)]
+    wanted = [train.completion_logprobs(model, batch, 0.7, 1.3) for model in (policy, reference)]
     torch.testing.assert_close(batch["logprobs"], wanted[0].detach(), atol=1e-4, rtol=0)
     torch.testing.assert_close(batch["kl"], (wanted[0] - wanted[1]).sum(dim=1).detach(), atol=1e-4, rtol=0)
     torch.testing.assert_close(batch["returns"], torch.arange(8.0) - 0.3 * batch["kl"])
@@ -297,7 +330,7 @@ def test_rloo_advantages_examples_and_identity():
 
 def test_baselines_are_the_running_mean_and_the_moving_average():
     means = np.random.default_rng(0).normal(size=20)
-    mean = ema = warm = means[0]                                  # warm start: a batch drawn before training counts as the first one
+    mean = ema = warm = means[0]                                  # warm start: a batch sampled before training counts as the first one
     cold = 0.0
     for seen, value in enumerate(means[1:], 1):
         mean, ema, cold = train.baseline_after("mean", mean, seen, value), train.baseline_after("ema", ema, seen, value), train.baseline_after("mean", cold, seen - 1, value)
@@ -324,7 +357,7 @@ def toy():
 
 
 def expected_gradient(toy, size, advantages_of, gamma=1.0):
-    """(mean, variance) of −∇ reinforce_loss over all batches of `size` answers, each as likely as the policy draws it."""
+    """(mean, variance) of −∇ reinforce_loss over all batches of `size` answers, each as likely as the policy samples it."""
     logits, logp, value = toy
     mean, square = torch.zeros_like(logits), 0.0
     for batch in itertools.product(logp, repeat=size):
@@ -370,7 +403,7 @@ def test_accumulation_and_order_do_not_change_the_gradient(gamma, penalty):
         assert again == pytest.approx(loss, abs=1e-5)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(gradient_of(model, config(**setting), {key: value[order] for key, value in batch.items()}, advantages[order])[0], whole, atol=1e-6, rtol=1e-4)
-    direct = train.completion_logprobs(model, *batch.values(), 1.0, penalty)
+    direct = train.completion_logprobs(model, batch, 1.0, penalty)
     weights = torch.stack([torch.tensor([gamma ** max(0, n - 1 - t) for t in range(6)]) for n in batch["completion_mask"].sum(dim=1).int().tolist()])
     wanted = -(advantages[:, None] * weights * direct * batch["completion_mask"]).sum() / 8
     assert loss == pytest.approx(wanted.item(), abs=1e-4)
@@ -378,7 +411,7 @@ def test_accumulation_and_order_do_not_change_the_gradient(gamma, penalty):
 
 def test_the_gradient_is_shortened_and_a_nan_is_refused():
     model, (batch, advantages) = MODELS["gpt2"], a_batch()
-    gradient, _ = gradient_of(model, config(grad_clip=0.5), batch, advantages)
+    gradient, _ = gradient_of(model, config(max_grad_norm=0.5), batch, advantages)
     assert gradient.norm().item() == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(FloatingPointError):
         gradient_of(model, config(), batch, advantages * math.nan)
@@ -390,7 +423,7 @@ def byte_classifier(tmp_path, level, pad):
     """(judge, directory) of a random reward model with one token per byte; pad: its padding token or None."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
     torch.manual_seed(0)
-    _, tokenizer = train.load_policy("random")
+    tokenizer = byte_tokenizer()
     tokenizer.pad_token = pad
     model = GPT2ForSequenceClassification(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3,
                                                      num_labels=1 if level == 1 else 10, bos_token_id=None, eos_token_id=0, pad_token_id=tokenizer.pad_token_id))
@@ -404,7 +437,7 @@ def byte_classifier(tmp_path, level, pad):
 def test_rewards_in_a_batch_equal_single_ones_whatever_pads(level, pad, tmp_path):
     judge = byte_classifier(tmp_path, level, pad)
     answers = ["a", "", "a longer answer!", "x" * 40]
-    got = train.reward_logits(*judge, ["Why?"] * 4, answers, 128, batch=3)
+    got = train.reward_logits(*judge, ["Why?"] * 4, answers, 128, size=3)
     assert got.shape == (4, 1 if level == 1 else 10) and got.dtype == torch.float32
     for answer, logits in zip(answers, got):
         torch.testing.assert_close(train.reward_logits(*judge, ["Why?"], [answer], 128)[0], logits, atol=1e-5, rtol=0)
@@ -427,7 +460,7 @@ TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{
 
 @pytest.mark.parametrize("template", ["own", None, TEMPLATE + "{{ '\n' }}", TEMPLATE.replace("<|end|>", "")], ids=["own", "none", "line break", "no end"])
 def test_judged_tokens_have_the_prompt_once_and_one_end(template):
-    _, tokenizer = train.load_policy(str(FOLDER / "weights" / "sft"))
+    _, tokenizer = sft_model()
     tokenizer.chat_template = tokenizer.chat_template if template == "own" else template
     end, long = tokenizer.eos_token_id, "Sleep is a time of rest for body and mind. " * 9
     conversation = [dict(role="user", content="Hi."), dict(role="assistant", content="Hello."), dict(role="user", content="What is glass?")]
@@ -440,21 +473,28 @@ def test_judged_tokens_have_the_prompt_once_and_one_end(template):
     assert len(row) == 30 and row[-1] == end and row[:-1] == whole[:29] and len(whole) > 90
 
 
-def test_one_encoder_for_training_and_scoring(tmp_path, tiny, monkeypatch):
+def test_one_encoder_for_training_and_scoring(data, judges, tmp_path, monkeypatch):
     """Where it gives the same tokens for every text, neither training nor judging can tell anything apart."""
+    for name in ("as_messages", "judged_tokens", "before_end", "pad_right", "set_pooling", "reward_from_logits"):
+        assert len({ast.unparse(node) for path in (TRAIN, REWARD, FOLDER / "make_answers.py") for node in ast.parse(path.read_text(encoding="utf8")).body
+                    if getattr(node, "name", "") == name}) == 1
     seen = []
 
-    def constant(tokenizer, prompts, answers, longest):
-        seen.extend((prompt, answer, longest) for prompt, answer in zip(prompts, answers, strict=True))
-        return [[5, 6, tokenizer.eos_token_id]] * len(answers)
-    monkeypatch.setattr(train, "judged_tokens", constant)
-    process = call(train, *tiny, "--reward-model", "", "--only-reward-model", "--max-length", "99", "--rm-center", "0", "--out", tmp_path / "o")
+    def constant(tokenizer, prompts, texts, longest):
+        seen.extend((prompt, text, longest) for prompt, text in zip(prompts, texts, strict=True))
+        return [[5, 6, tokenizer.eos_token_id]] * len(texts)
+    monkeypatch.setattr(reward, "judged_tokens", constant)
+    process = call(reward, "--dataset", data, *TINY_REWARD, "--max-length", "99", "--center", "0", "--out", tmp_path / "o")
     assert process.returncode == 0, process.stderr
-    rows = rows_of(tmp_path / "o" / "reward_model_metrics.csv")
-    assert all(row["margin"] == 0 and row["loss"] == pytest.approx(math.log(2), abs=1e-5) for row in rows)
-    data = types.SimpleNamespace(**dict(zip(("train", "held_out"), train.load_data(tiny[1], "train", 0.1, 1))))
+    rows = rows_of(tmp_path / "o" / "metrics.csv")
+    assert rows and all(row["margin"] == 0 and row["loss"] == pytest.approx(math.log(2), abs=1e-5) for row in rows)
     wanted = lambda pairs: {(pair["prompt"], pair[side], 99) for pair in pairs for side in ("chosen", "rejected")}
-    assert set(seen) == wanted(data.train) | wanted(data.held_out)
+    kept, held, _ = reward.load_data(str(data), "train", 0.1, 1)
+    assert set(seen) == wanted(kept)
+    seen.clear()
+    monkeypatch.setattr(answers, "judged_tokens", constant)
+    scored = answers.pairs_of(answers.load_judge(judges[1]), held, 99)
+    assert set(seen) == wanted(held) and all(row["margin"] == 0 and row["p"] == 0.5 for row in scored)
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -462,16 +502,17 @@ def test_accuracy_and_calibration_of_a_case_by_hand(level, monkeypatch):
     pairs = [PAIR | dict(chosen=f"{name} chosen", rejected=f"{name} rejected") for name in "abcd"]
     spread = lambda x: [x] if level == 1 else [0.0] * 5 + [x] * 5
     value = {f"{name} {side}": x for name, both in zip("abcd", ((2.0, 0.0), (0.5, 1.0), (0.0, -0.05), (-3.0, 0.0))) for side, x in zip(("chosen", "rejected"), both)}
-    monkeypatch.setattr(train, "reward_logits", lambda model, tokenizer, prompts, answers, longest: torch.tensor([spread(value[answer]) for answer in answers]))
-    found = train.judge_pairs((None, None), pairs, 128, None)
+    monkeypatch.setattr(answers, "reward_logits", lambda model, tokenizer, prompts, texts, longest: torch.tensor([spread(value[text]) for text in texts]))
+    rows = answers.pairs_of((None, None), pairs, 128)
+    found = evaluation.judge_pairs(rows, dict(topic_of={}))
     chances = []
     for name in "abcd":
         x, y = value[f"{name} chosen"], value[f"{name} rejected"]
         p, q = (torch.tensor(spread(v)).softmax(0).tolist() for v in (x, y))
         above, below = (sum(p[i] * q[j] for i in range(10) for j in range(10) if (i > j) == high and i != j) for high in (True, False)) if level == 2 else (1, math.exp(y - x))
         chances.append(above / (above + below))
-    assert found["p"] == pytest.approx(chances, abs=1e-5) and [m > 0 for m in found["margin"]] == [True, False, True, False]
-    assert found["accuracy"] == found["accuracy_annotators"] == 0.5 and found["gold"] is None
+    assert [row["p"] for row in rows] == pytest.approx(chances, abs=1e-5) and [row["margin"] > 0 for row in rows] == [True, False, True, False]
+    assert found["accuracy"] == found["accuracy_annotators"] == 0.5 and evaluation.gold_margins(rows, dict(topic_of={})) is None
     bins = {}
     for p in chances:
         bins.setdefault(int(max(p, 1 - p) * 20), []).append((max(p, 1 - p), p > 0.5))
@@ -479,40 +520,48 @@ def test_accuracy_and_calibration_of_a_case_by_hand(level, monkeypatch):
     assert found["ece"] == pytest.approx(wanted, abs=1e-6)
     # In the lesson's world gold decides, and pairs that are equal in gold are left out
     gold = {"a chosen": 3.0, "a rejected": 1.0, "b chosen": 1.0, "b rejected": 2.0, "c chosen": 1.0, "c rejected": 1.0, "d chosen": 5.0, "d rejected": 2.0}
-    monkeypatch.setattr(train, "gold_score", lambda world, prompt, text: gold[text])
-    again = train.judge_pairs((None, None), pairs, 128, WORLD)
-    assert again["accuracy"] == pytest.approx(2 / 3) and again["accuracy_annotators"] == 0.5 and again["gold"] == [2.0, -1.0, 0.0, 3.0]
-    assert [again["accuracy"], again["accuracy_low"], again["accuracy_high"]] == train.wilson(2, 3)
+    monkeypatch.setattr(evaluation, "gold_score", lambda world, prompt, text: gold[text])
+    again = evaluation.judge_pairs(rows, WORLD)
+    assert again["accuracy"] == pytest.approx(2 / 3) and again["accuracy_annotators"] == 0.5 and evaluation.gold_margins(rows, WORLD).tolist() == [2.0, -1.0, 0.0, 3.0]
+    assert [again["accuracy"], again["accuracy_low"], again["accuracy_high"]] == evaluation.wilson(2, 3)
 
 
 def test_wilson_interval_by_hand():
-    share, low, high = train.wilson(8, 10)
-    assert (share, round(low, 3), round(high, 3)) == (0.8, 0.49, 0.943) and train.wilson(0, 5)[1] == 0 and train.wilson(5, 5)[2] == 1
+    share, low, high = evaluation.wilson(8, 10)
+    assert (share, round(low, 3), round(high, 3)) == (0.8, 0.49, 0.943) and evaluation.wilson(0, 5)[1] == 0 and evaluation.wilson(5, 5)[2] == 1
 
 
-def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
+def test_best_of_n_is_the_mean_over_all_subsets():
     rng = np.random.default_rng(0)
-    reward, gold = rng.normal(size=(2, 8)), rng.normal(size=(2, 8))
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: dict(reward=reward.flatten().tolist(), gold=gold.flatten().tolist()))
-    rows = evaluation.best_of_n(None, None, None, ["a", "b"], None, None, most=8)
+    scores, gold = rng.normal(size=(2, 8)), rng.normal(size=(2, 8))
+    rows = study.best_of_n(scores, gold, most=8)
     assert [row[0] for row in rows] == [1, 2, 4, 8] and rows[0][1] == 0
     for n, _, best, its_gold in rows:
-        chosen = [(row, max(subset, key=lambda i: reward[row, i])) for row in range(2) for subset in itertools.combinations(range(8), n)]
-        assert best == pytest.approx(np.mean([reward[place] for place in chosen])) and its_gold == pytest.approx(np.mean([gold[place] for place in chosen]))
+        chosen = [(row, max(subset, key=lambda i: scores[row, i])) for row in range(2) for subset in itertools.combinations(range(8), n)]
+        assert best == pytest.approx(np.mean([scores[place] for place in chosen])) and its_gold == pytest.approx(np.mean([gold[place] for place in chosen]))
 
 
 def test_win_rate_at_equal_length():
-    wins = lambda won, lengths: evaluation.length_controlled(*(dict(gold=g, length=n) for g, n in (([1.0] * len(won), [0.0] * len(won)), ([1.0 + w for w in won], lengths))))
+    rows = lambda gold, lengths: [dict(gold=g, length=n) for g, n in zip(gold, lengths)]
+    wins = lambda won, lengths: study.length_controlled(rows([1.0] * len(won), [0.0] * len(won)), rows([1.0 + w for w in won], lengths))
     won = [1.0] * 150 + [-1.0] * 50
     assert wins(won, [10.0, -10.0] * 100) == pytest.approx(0.75, abs=0.01)          # length says nothing: as it was
     longer = [20.0] * 140 + [0.0] * 10 + [20.0] * 10 + [0.0] * 40                   # wins come with length: 20 % are left without
     assert wins(won, longer) == pytest.approx(0.2, abs=0.02)
 
 
+def test_ties_count_half_and_the_kth_answers_meet():
+    rows = lambda gold: [dict(gold=g, reward=r, length=3.0, entropy=0.5, kl=1.0, text="a b a b") for r, g in enumerate(gold)]
+    found = evaluation.compare(rows([1.0, 2.0, 3.0, 4.0]), rows([2.0, 2.0, 2.0, 5.0]))
+    assert found["win_rate"] == 2.5 / 4 and found["kl"] == 1.0 and found["sft"]["gold"] == 2.5 and found["trained"]["distinct2"] == pytest.approx(2 / 3)
+    without = evaluation.compare(rows([None, 1.0]), rows([None, 2.0]))               # a prompt of another world: by reward, here equal
+    assert without["win_rate"] == 0.5 and without["sft"]["gold"] is None
+
+
 # ---- data and the world ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, words", [
-    ("", ["line 2 is empty"]), ("{", ["no valid JSON"]), (json.dumps(PAIR)[:-3], ["no valid JSON"]), ("[1, 2]", ["object", "[1, 2]"]), ("5", ["object"]),
+    ("", ["line 2", "empty"]), ("{", ["no valid JSON"]), (json.dumps(PAIR)[:-3], ["no valid JSON"]), ("[1, 2]", ["object", "[1, 2]"]), ("5", ["object"]),
     ("null", ["object"]), ('"text"', ["object"]),
     *((json.dumps({k: v for k, v in PAIR.items() if k != key}), [key, "missing"]) for key in PAIR), (json.dumps(PAIR | dict(chosen="")), ["chosen", "empty"]),
     (json.dumps(PAIR | dict(prompt=[])), ["prompt", "empty"]), (json.dumps(PAIR | dict(rejected=5)), ["rejected", "no text"]),
@@ -525,12 +574,12 @@ def test_win_rate_at_equal_length():
     (json.dumps(dict(chosen=[turn("user", "A?"), turn("assistant", "x")], rejected=[turn("user", "B?"), turn("assistant", "y")])), ["different prompts"])])
 def test_a_bad_line_is_named(line, words, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + line + "\n" + json.dumps(PAIR) + "\n")
-    assert_one_line_error(call(train, "--dataset", tmp_path / "x.jsonl", "--quiet", "--out", tmp_path / "o"), "x.jsonl", "line 2", *words)
+    assert_one_line_error(call(reward, "--dataset", tmp_path / "x.jsonl", "--quiet", "--out", tmp_path / "o"), "x.jsonl", "line 2", *words)
 
 
 def test_data_that_cannot_serve(tmp_path):
     (tmp_path / "x.jsonl").write_text("")
-    refused = lambda path, *words: assert_one_line_error(call(train, "--dataset", path, "--quiet", "--out", tmp_path / f"o{path.name}"), *words)
+    refused = lambda path, *words: assert_one_line_error(call(reward, "--dataset", path, "--quiet", "--out", tmp_path / f"o{path.name}"), *words)
     refused(tmp_path / "x.jsonl", "empty")
     refused(tmp_path / "nowhere.jsonl", "nowhere.jsonl", "read")
     (tmp_path / "one.jsonl").write_text(json.dumps(PAIR) + "\n")
@@ -545,28 +594,28 @@ def test_data_that_cannot_serve(tmp_path):
 def test_message_lists_are_accepted():
     said = [turn("user", "Why?"), turn("assistant", "Because."), turn("user", "And?")]
     record = dict(chosen=[turn("user", "Why?"), turn("assistant", "Yes.")], rejected=[turn("user", "Why?"), turn("assistant", "No.")], score=3)
-    assert train.checked_pair(record) == dict(prompt="Why?", chosen="Yes.", rejected="No.")
-    assert train.checked_pair(dict(chosen=[*said, turn("assistant", "Yes.")], rejected=[*said, turn("assistant", "No.")])) == dict(prompt=said, chosen="Yes.", rejected="No.")
-    assert train.checked_pair(dict(prompt=said, chosen="Yes.", rejected="No.", chosen_rating=4.5, rejected_rating=4.5)) == dict(prompt=said, chosen="Yes.", rejected="No.")
+    assert reward.checked_pair(record) == dict(prompt="Why?", chosen="Yes.", rejected="No.")
+    assert reward.checked_pair(dict(chosen=[*said, turn("assistant", "Yes.")], rejected=[*said, turn("assistant", "No.")])) == dict(prompt=said, chosen="Yes.", rejected="No.")
+    assert reward.checked_pair(dict(prompt=said, chosen="Yes.", rejected="No.", chosen_rating=4.5, rejected_rating=4.5)) == dict(prompt=said, chosen="Yes.", rejected="No.")
 
 
 def test_a_single_file_is_split_by_prompts(tmp_path):
     pairs = [PAIR | dict(prompt=f"prompt {k % 10}", chosen=f"answer {k}") for k in range(30)]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    kept, held, prompts = train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 0)
+    kept, held, prompts = reward.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 0)
     names = [{pair["prompt"] for pair in part} for part in (kept, held)]
     assert not names[0] & names[1] and len(prompts) == 3 and names[1] == set(prompts) and len(kept) == 21 and len(held) == 9
-    assert train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 0)[2] == prompts != train.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 1)[2]
+    assert reward.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 0)[2] == prompts != reward.load_data(str(tmp_path / "x.jsonl"), "train", 0.3, 1)[2]
 
 
 def test_only_line_feeds_end_a_line(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(PAIR | dict(chosen="one\u2028two\u0085three"), ensure_ascii=False) + "\n", encoding="utf8")
-    assert train.read_pairs(tmp_path / "x.jsonl")[0]["chosen"] == "one\u2028two\u0085three"
+    assert reward.read_pairs(tmp_path / "x.jsonl")[0]["chosen"] == "one\u2028two\u0085three"
 
 
 def test_two_prompts_can_always_be_split(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | dict(prompt="What?")))
-    assert [len(part) for part in train.load_data(str(tmp_path / "x.jsonl"), "train", 0.9, 1)] == [1, 1, 1]
+    assert [len(part) for part in reward.load_data(str(tmp_path / "x.jsonl"), "train", 0.9, 1)] == [1, 1, 1]
 
 
 def test_a_hub_dataset_serves(monkeypatch, tmp_path):
@@ -579,12 +628,12 @@ def test_a_hub_dataset_serves(monkeypatch, tmp_path):
         asks = [turn("user", f"Why {k}?") for k in range(8)]
         return [dict(chosen=[ask, turn("assistant", "Yes.")], rejected=[ask, turn("assistant", "No.")], chosen_rating=4, rejected_rating=2) for ask in asks]
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    kept, held, prompts = train.load_data("someone/preferences", "train_prefs", 0.25, 0)
+    kept, held, prompts = reward.load_data("someone/preferences", "train_prefs", 0.25, 0)
     assert asked == [("someone/preferences", "train_prefs")] and len(kept) == 6 and len(held) == len(prompts) == 2 and held[0]["chosen"] == "Yes."
-    process = call(train, "--dataset", "someone/preferences", "--split", "nowhere", "--quiet", "--out", tmp_path / "o")
+    process = call(reward, "--dataset", "someone/preferences", "--split", "nowhere", "--quiet", "--out", tmp_path / "o")
     assert_one_line_error(process, "someone/preferences", "nowhere", "no such split")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert_one_line_error(call(train, "--dataset", "someone/preferences", "--quiet", "--out", tmp_path / "p"), "pip install datasets")
+    assert_one_line_error(call(reward, "--dataset", "someone/preferences", "--quiet", "--out", tmp_path / "p"), "pip install datasets")
 
 
 KEYS = ("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "role", "content")
@@ -598,7 +647,7 @@ MOSTLY_TEXT = st.text(max_size=4) | JSON
 @settings(max_examples=300, deadline=None)
 def test_any_json_is_a_pair_or_a_value_error(record):
     try:
-        pair = train.checked_pair(record)
+        pair = reward.checked_pair(record)
     except ValueError:
         return
     assert set(pair) == {"prompt", "chosen", "rejected"} and all(pair.values())
@@ -615,45 +664,47 @@ def test_any_json_is_a_pair_or_a_value_error(record):
     ("Adults need about eight hours a night. Babies sleep most of", 1.2), ("Babies sleep most of the day. It is what it is.", 1.2),
     ("Adults need about eight hours a night. Babies sleep most of the day. Look it up yourself.", 2.4)])
 def test_gold_scores_by_hand(text, score):
-    assert train.gold_score(WORLD, "Hello! What is sleep?", text) == train.gold_score(WORLD, "What is sleep?", text) == pytest.approx(score)
-    for world, prompt in ((WORLD, "What is a car?"), (None, "What is sleep?"), (WORLD, [turn("user", "What is sleep?")])):
-        assert train.gold_score(world, prompt, text) is None
+    assert evaluation.gold_score(WORLD, "Hello! What is sleep?", text) == evaluation.gold_score(WORLD, "What is sleep?", text) == pytest.approx(score)
+    for world, prompt in ((WORLD, "What is a car?"), (dict(topic_of={}), "What is sleep?"), (WORLD, [turn("user", "What is sleep?")])):
+        assert evaluation.gold_score(world, prompt, text) is None
 
 
 def test_the_best_answer_has_ten_points():
     topic = WORLD["topic_of"]["What is sleep?"]
     said = " ".join(s[0].upper() + s[1:] + "." for kind, n in (("what", 2), ("how", 1), ("why", 2)) for s in topic[kind][:n])
-    assert train.gold_score(WORLD, "What is sleep?", said + " I hope this helps.") == 10.0
+    assert evaluation.gold_score(WORLD, "What is sleep?", said + " I hope this helps.") == 10.0
 
 
 def test_the_world_and_the_data_are_as_promised():
     statements = [s for topic in WORLD["topics"] for kind in base_models.KINDS for s in topic[kind]]
     assert len(WORLD["topics"]) == 26 and len(statements) == len(set(statements)) == 9 * 26 and len(WORLD["topic_of"]) == 26 * 40
     raw = {name: [json.loads(line) for line in (FOLDER / "data" / f"{name}.jsonl").read_text(encoding="utf8").splitlines()] for name in ("train", "held_out")}
-    held_out = (FOLDER / "data" / "prompts_held_out.txt").read_text(encoding="utf8").splitlines()
+    asked, held_out = ([json.loads(line) for line in (FOLDER / "data" / f"prompts_{name}.jsonl").read_text(encoding="utf8").splitlines()] for name in ("train", "held_out"))
     assert len(set(held_out)) == 300 and not set(held_out) & {pair["prompt"] for pair in raw["train"]} and {pair["prompt"] for pair in raw["held_out"]} <= set(held_out)
     assert {name: len(pairs) for name, pairs in raw.items()} == dict(train=6000, held_out=1000)
     assert all(10 >= pair["chosen_rating"] > pair["rejected_rating"] >= 1 for pairs in raw.values() for pair in pairs) and set(held_out) < set(WORLD["topic_of"])
-    kept, held, prompts = train.load_data("", "train", 0.1, 1)
-    assert (len(kept), len(held), prompts) == (6000, 1000, held_out) and set(kept[0]) == {"prompt", "chosen", "rejected"}
-    gold = [train.gold_score(WORLD, pair["prompt"], pair["chosen"]) - train.gold_score(WORLD, pair["prompt"], pair["rejected"]) for pair in held]
+    kept, held, prompts = reward.load_data("", "train", 0.1, 1)
+    assert (len(kept), len(held), prompts) == (6000, 1000, held_out) and asked == reward.unique_prompts(kept) and set(kept[0]) == {"prompt", "chosen", "rejected"}
+    gold = [evaluation.gold_score(WORLD, pair["prompt"], pair["chosen"]) - evaluation.gold_score(WORLD, pair["prompt"], pair["rejected"]) for pair in held]
     assert 0.05 < np.mean([g < 0 for g in gold]) < 0.3            # annotators err
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-TINY = ["--rm-epochs", "1", "--rm-batch-size", "4", "--iterations", "6", "--batch-size", "4", "--max-new-tokens", "12", "--validation-interval", "2",
-        "--eval-samples", "1", "--device", "cpu"]
+TINY_REWARD = ["--epochs", "1", "--batch-size", "4", "--device", "cpu", "--quiet"]
+TINY = ["--updates", "6", "--batch-size", "4", "--max-new-tokens", "12", "--device", "cpu"]
 ONE_THREAD = dict(OMP_NUM_THREADS="1")
+FILE = "reward_model:\n  num_train_epochs: 1\n  batch_size: 4\n"            # the settings of TINY_REWARD, for part 2
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A directory with sixteen pairs, six held-out ones and four held-out prompts."""
+    """A directory with sixteen pairs, six held-out ones and four held-out prompts; and c.yaml with FILE."""
     directory = tmp_path_factory.mktemp("data")
-    for name, n in (("train.jsonl", 16), ("held_out.jsonl", 6), ("prompts_held_out.txt", 4)):
+    for name, n in (("train.jsonl", 16), ("held_out.jsonl", 6), ("prompts_held_out.jsonl", 4)):
         lines = (FOLDER / "data" / name).read_text(encoding="utf8").splitlines()
         (directory / name).write_text("\n".join(lines[:n]) + "\n", encoding="utf8")
+    (directory / "c.yaml").write_text(FILE)
     return directory
 
 
@@ -661,26 +712,30 @@ def data(tmp_path_factory):
 def judges(data, tmp_path_factory):
     """{level: directory of a reward model trained for a moment}."""
     out = tmp_path_factory.mktemp("judges")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(reward, "start_judge", lambda out, args: None)
     for level in ("1", "2"):
-        process = call(train, *TINY, "--only_reward_model", "--dataset", data, "--level", level, "--quiet", "--out", out / level)         # the write-up's spelling
+        process = call(reward, *TINY_REWARD, "--dataset", data, "--level", level, "--out", out / level)
         assert process.returncode == 0 and not process.stdout, process.stderr
-        assert {path.name for path in (out / level).iterdir()} == {"config.json", "train.json", "reward_model", "reward_model_metrics.csv"}
-        assert json.loads((out / level / "train.json").read_text())["command"].endswith("--only-reward-model")
-        assert [row["loss"] for row in rows_of(out / level / "reward_model_metrics.csv")][0] == pytest.approx(0.69 if level == "1" else 0.7985, abs=0.15)
+        assert {path.name for path in (out / level).iterdir()} == {"config.json", "train.json", "reward_model", "metrics.csv", "timing.csv", "data"}
+        assert {path.name for path in (out / level / "data").iterdir()} == {"held_out.jsonl", "prompts_train.jsonl", "prompts_held_out.jsonl"}
+        assert json.loads((out / level / "train.json").read_text())["command"].startswith("python train_reward_model.py")
+        assert [row["loss"] for row in rows_of(out / level / "metrics.csv")][0] == pytest.approx(0.69 if level == "1" else 0.7985, abs=0.15)
+    patch.undo()
     return {level: out / str(level) / "reward_model" for level in (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def tiny(data, judges):
+def tiny(judges):
     """Flags of a run of a second."""
-    return ["--dataset", str(data), "--reward-model", str(judges[1]), *TINY, "--quiet"]
+    return ["--reward-model", str(judges[1]), *TINY, "--quiet"]
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """(directory, process) of a run of both parts, as a reader would start it."""
     out = tmp_path_factory.mktemp("whole") / "o"
-    process = run(TRAIN, *TINY, "--dataset", data, "--out", out, env=ONE_THREAD)
+    process = run(TRAIN, *TINY, "--updates", "12", "--save-every", "4", "--dataset", data, "--config", data / "c.yaml", "--out", out, env=ONE_THREAD)
     assert process.returncode == 0, process.stderr
     return out, process
 
@@ -688,49 +743,147 @@ def whole(data, tmp_path_factory):
 RESULT = {"sft", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl", "reward_model_accuracy", "ece"}
 
 
-def test_a_run_leaves_what_the_readme_promises(whole, tmp_path):
+def test_a_run_leaves_what_the_readme_promises(whole):
     out, process = whole
-    for words in ("part 1", "accuracy", "part 2", "distinct-2", "held-out prompts", "win rate", "policy, metrics and curve are in", "--checkpoint"):
+    for words in ("reward model · ", "accuracy", "held-out pairs in the order of gold", "REINFORCE · ", "distinct2", "answers to", "win rate", "policy, tables and samples are in",
+                  "Look at the answers:"):
         assert words in process.stdout, words
-    for name in ("config.json", "metrics.csv", "validation.csv", "timing.csv", "curve.png", "eval.json", "train.json", "checkpoint.pt", "reward_model/config.json",
-                 "reward_model_metrics.csv", "checkpoint-2/config.json", "checkpoint-4/tokenizer.json", "checkpoint-6/model.safetensors"):
+    for name in ("config.json", "metrics.csv", "timing.csv", "curve.png", "eval.json", "train.json", "checkpoint.pt", "samples/0012.jsonl", "policy/model.safetensors",
+                 "policy-0004/config.json", "policy-0008/tokenizer.json", "reward_model_run/reward_model/config.json", "reward_model_run/metrics.csv",
+                 "reward_model_run/eval.json", "reward_model_run/curve.png", "reward_model_run/config.json"):
         assert (out / name).exists(), name
-    assert not list(out.glob("*.part"))
+    assert not list(out.rglob("*.part"))
     result = json.loads((out / "eval.json").read_text())
     assert set(result) == RESULT and set(result["sft"]) == set(result["trained"]) == {"reward", "gold", "length", "distinct2", "entropy"}
+    assert json.loads((out / "reward_model_run" / "eval.json").read_text())["accuracy"] == result["reward_model_accuracy"]
     rows = rows_of(out / "metrics.csv")
-    assert len(rows) == 6 and abs(rows[0]["kl"]) < 1e-3 < abs(rows[-1]["kl"]) and [row["step"] for row in rows_of(out / "validation.csv")] == [2, 4, 6]
+    assert [row["update"] for row in rows] == list(range(1, 13)) and abs(rows[0]["kl"]) < 1e-3 < abs(rows[-1]["kl"]) and not any("gold" in name for name in rows[0])
     for row in rows:
         assert row["shaped_reward"] == pytest.approx(row["reward"] - 0.2 * row["kl"], abs=1e-4) and row["completion_length"] <= 12
+    samples = [json.loads(line) for line in (out / "samples" / "0001.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and set(samples[0]) == {"prompt", "text", "reward"}
     command = json.loads((out / "train.json").read_text())["command"]
-    assert command.startswith("python train_reinforce_rlhf.py --level 1") and "--iterations 6" in command and "--k" not in command.split("--kl")[0]
+    assert command.startswith("python train_reinforce_rlhf.py") and "--updates 12" in command
+
+
+def test_the_next_step_works_as_printed(whole):
+    line = next(line for line in whole[1].stdout.splitlines() if "Look at the answers: " in line)
+    words = shlex.split(line.split("Look at the answers: ")[1])
+    process = subprocess.run(words, capture_output=True, text=True, cwd="/", env=os.environ | ONE_THREAD)
+    assert process.returncode == 0 and process.stdout.count("trained  [") == 3, process.stderr
 
 
 def test_the_eval_script_judges_a_run(whole, judges, tmp_path):
     out, _ = whole
-    process = run(EVAL, "--checkpoint", out, "--samples", "2", "--show", "2", "--json", tmp_path / "e.json", "--figure", tmp_path / "f.png")
-    assert process.returncode == 0 and (tmp_path / "f.png").exists() and process.stdout.count("trained  [") == 2, process.stderr
-    result = json.loads((tmp_path / "e.json").read_text())
-    assert set(result) == RESULT | {"win_rate_length_controlled"} and 0 <= result["win_rate_low"] <= result["win_rate"] <= result["win_rate_high"] <= 1
-    assert result["reward_model_accuracy"] == json.loads((out / "eval.json").read_text())["reward_model_accuracy"]
-    process = call(evaluation, "--checkpoint_path", out / "checkpoint-2", "--prompt", "What is sleep?")
-    assert process.returncode == 0 and process.stdout.startswith("SFT ") and "gold" in process.stdout and "grades" not in process.stdout, process.stderr
-    process = call(evaluation, "--checkpoint", out, "--level", "2", "--reward-model", judges[2], "--samples", "1", "--show", "1")
-    assert process.returncode == 0 and "level-2" in process.stdout and process.stdout.count("grades 1 … 10") == 2, process.stderr
-    assert call(evaluation, "--checkpoint", out, "--level", "2", "--reward-model", judges[2], "--prompt", "What is sleep?").stdout.count("grades 1 … 10") == 2
-    process = call(evaluation, "--checkpoint", out, "--reward-model", judges[1], "--reward-model-report", "--figure", tmp_path / "r.png")
-    assert process.returncode == 0 and (tmp_path / "r.png").exists() and "| level 1 |" in process.stdout, process.stderr
+    before = (out / "eval.json").read_bytes(), (out / "curve.png").read_bytes()
+    process = run(EVAL, "--run", out, "--json", tmp_path / "e.json")
+    assert process.returncode == 0 and "win rate" in process.stdout, process.stderr
+    assert before == ((out / "eval.json").read_bytes(), (out / "curve.png").read_bytes()) and (tmp_path / "e.json").read_bytes() == before[0]
+    result = json.loads(before[0])
+    assert 0 <= result["win_rate_low"] <= result["win_rate"] <= result["win_rate_high"] <= 1
+    process = run(EVAL, "--weights", out / "policy-0004", "--prompt", "What is sleep?")
+    assert process.returncode == 0 and "SFT      [" in process.stdout and "gold" in process.stdout and "grades" not in process.stdout, process.stderr
+    process = run(EVAL, "--weights", out, "--reward-model", judges[2], "--samples", "1", "--show", "1")
+    assert process.returncode == 0 and process.stdout.count("grades 1 … 10") == 2, process.stderr
+    process = run(EVAL, "--reward-model", judges[1], "--reward-model-report")
+    assert process.returncode == 0 and "of 6 held-out pairs" in process.stdout, process.stderr
 
 
-def test_variance_with_few_prompts(whole, monkeypatch):
-    monkeypatch.setattr(evaluation, "ESTIMATORS", {"REINFORCE, b = 0": 1, "RLOO, k = 4": 4})
-    assert call(evaluation, "--checkpoint", whole[0], "--variance", "--repeats", "2").returncode == 0
+def test_the_eval_script_judges_what_training_never_saw(whole, judges):
+    """Prompts and pairs come from the run of the reward model; the lesson's only where it has none."""
+    own = whole[0] / "reward_model_run" / "reward_model"
+    _, config = answers.find_policy(str(whole[0]))
+    assert answers.find_reward_model(whole[0] / "policy", config) == own and answers.find_data(own) == own.parent / "data"
+    asked, held = (answers.read_rows(own.parent / "data", name) for name in ("prompts_train", "prompts_held_out"))
+    assert len(held) == 4 and not set(asked) & set(held)
+    shipped = FOLDER / "weights" / "reward_model_level1"
+    _, config = answers.find_policy(str(FOLDER / "weights" / "policy_level1"))
+    assert answers.find_reward_model(FOLDER / "weights" / "policy_level1", config) == shipped and answers.find_data(shipped) == FOLDER / "data"
+    assert answers.find_data(shipped, judges[1]) == judges[1].parent / "data" and answers.length_of(judges[1], 7) == 128 and answers.length_of(shipped.parent / "x" / "y", 7) == 7
+
+
+def test_variance_with_few_prompts(judges, monkeypatch):
+    monkeypatch.setattr(study, "ESTIMATORS", {"REINFORCE, b = 0": 1, "RLOO, G = 4": 4})
+    model, tokenizer = sft_model()
+    judge = train.load_reward_model(judges[1], 1)
+    found = study.gradient_variance(model, sft_model()[0], tokenizer, judge, ["What is sleep?", "What is glass?"], train.Config(), 2, answers=8)
+    assert set(found) == set(study.ESTIMATORS) and all(noise > 0 for noise, _ in found.values())
+
+
+# ---- part 1 as a process of part 2 ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that part 2 starts; nothing is really run."""
+    commands = []
+
+    def fake(command, **_):
+        commands.append(command)
+        return types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(train.subprocess, "run", fake)
+    return commands
+
+
+def test_part_1_gets_this_runs_settings_and_part_2_stops_if_told(started, data, tmp_path):
+    process = call(train, "--level", "2", "--seed", "7", "--max-length", "90", "--dataset", data, "--config", data / "c.yaml", "--only-reward-model", "--device", "cpu", "--quiet",
+                   "--out", tmp_path / "o")
+    assert process.returncode == 0 and len(started) == 1, process.stderr
+    python, script, *flags = started[0]
+    assert python == sys.executable and Path(script) == REWARD and "--smoke" not in flags
+    flags.remove("--quiet")
+    assert dict(zip(flags[0::2], flags[1::2])) == {"--out": str(tmp_path / "o" / "reward_model_run"), "--device": "cpu", "--level": "2", "--seed": "7", "--max-length": "90", "--dataset": str(data),
+                     "--config": str(data / "c.yaml")}
+    assert not (tmp_path / "o" / "metrics.csv").exists() and (tmp_path / "o" / "config.json").exists()
+
+
+def test_only_reward_model_trains_it_and_resume_goes_on_with_part_2(data, tmp_path):
+    out = tmp_path / "o"
+    process = run(TRAIN, *TINY, "--dataset", data, "--config", data / "c.yaml", "--only-reward-model", "--quiet", "--out", out, env=ONE_THREAD)
+    assert process.returncode == 0 and not process.stdout, process.stderr
+    made = (out / "reward_model_run" / "reward_model" / "model.safetensors").read_bytes()
+    assert {path.name for path in out.iterdir()} == {"config.json", "reward_model_run"}
+    process = call(train, "--quiet", "--resume", out)
+    assert process.returncode == 0 and len(rows_of(out / "metrics.csv")) == 6, process.stderr
+    assert (out / "reward_model_run" / "reward_model" / "model.safetensors").read_bytes() == made
+
+
+def test_what_an_interrupted_part_1_has_left_is_made_again(started, tmp_path):
+    out = tmp_path / "o"
+    assert call(train, *TINY, "--only-reward-model", "--quiet", "--out", out).returncode == 0
+    (out / "reward_model_run").mkdir()
+    (out / "reward_model_run" / "metrics.csv").write_text("half")
+    assert call(train, "--only-reward-model", "--quiet", "--resume", out).returncode == 0
+    assert len(started) == 2 and started[0][3] == started[1][3] and not (out / "reward_model_run").exists()
+
+
+def test_an_error_of_part_1_ends_part_2(data, tmp_path):
+    process = run(TRAIN, *TINY, "--dataset", tmp_path / "nowhere.jsonl", "--quiet", "--out", tmp_path / "o")
+    assert_one_line_error(process, "train_reward_model.py", "nowhere.jsonl", "read")
+    assert not (tmp_path / "o" / "metrics.csv").exists()
+
+
+def test_skip_reward_training_takes_the_shipped_one_or_the_one_named(started, judges, data, monkeypatch, tmp_path):
+    config = parsed(monkeypatch, "--skip-reward-training", "--level", "2")
+    assert config.reward_model == str(FOLDER / "weights" / "reward_model_level2")
+    (tmp_path / "c.yaml").write_text(f"reward_model:\n  output_dir: {judges[1].parent}\n")
+    assert parsed(monkeypatch, "--skip-reward-training", "--config", tmp_path / "c.yaml").reward_model == str(judges[1])
+    process = call(train, *TINY, "--updates", "1", "--skip-reward-training", "--config", tmp_path / "c.yaml", "--quiet", "--out", tmp_path / "o")
+    assert process.returncode == 0 and not started, process.stderr
+    asked = {json.loads(line)["prompt"] for line in (tmp_path / "o" / "samples" / "0001.jsonl").read_text().splitlines()}
+    assert asked <= {json.loads(line) for line in (judges[1].parent / "data" / "prompts_train.jsonl").read_text().splitlines()}
+    assert parsed(monkeypatch, "--skip-reward-training", "--reward-model", judges[1]).reward_model == str(judges[1])
+
+
+def test_a_named_output_directory_gets_the_reward_model(started, tmp_path):
+    (tmp_path / "c.yaml").write_text("reward_model:\n  output_dir: rm\n")
+    assert call(train, *TINY, "--only-reward-model", "--config", tmp_path / "c.yaml", "--quiet", "--out", tmp_path / "o").returncode == 0
+    assert started[0][started[0].index("--out") + 1] == str(tmp_path / "rm")
 
 
 @pytest.mark.parametrize("flags", [["--baseline", "ema"], ["--baseline", "mean"], ["--break", "cold-baseline"], ["--break", "cold-baseline", "--baseline", "mean"]],
                          ids=" ".join)
 def test_the_baseline_starts_at_what_is_usual(flags, tiny, tmp_path, monkeypatch):
-    """One batch of the SFT model's answers before the first step; with --break cold-baseline none, and 0. The reference never changes."""
+    """One batch of the SFT model's answers before the first update; with --break cold-baseline none, and 0. The reference never changes."""
     means, weights, original = [], [], train.collect
 
     def spy(config, policy, reference, *arguments):
@@ -741,19 +894,20 @@ def test_the_baseline_starts_at_what_is_usual(flags, tiny, tmp_path, monkeypatch
     monkeypatch.setattr(train, "collect", spy)
     process = call(train, *tiny, *flags, "--out", tmp_path / "o")
     assert process.returncode == 0, process.stderr
-    cold = "--break" in flags
-    baselines, b = [row["baseline"] for row in rows_of(tmp_path / "o" / "metrics.csv")], 0.0 if cold else means.pop(0)
+    baselines, b = [row["baseline"] for row in rows_of(tmp_path / "o" / "metrics.csv")], 0.0 if "--break" in flags else means.pop(0)
     for k, (baseline, mean) in enumerate(zip(baselines, means, strict=True), 1):
         assert baseline == pytest.approx(b, abs=1e-4)
-        b = b + (mean - b) / (k + 1 - cold) if "mean" in flags else 0.9 * b + 0.1 * mean
+        b = b + (mean - b) / (k + 1) if "mean" in flags else 0.9 * b + 0.1 * mean
     assert all(torch.equal(reference, weights[0][0]) for _, reference in weights) and not torch.equal(weights[0][0], weights[-1][0])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_resume_equals_the_uninterrupted_run(how, whole, data, tmp_path):
+def test_resume_equals_the_uninterrupted_run(how, whole, tmp_path):
     out = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, str(TRAIN), *TINY, "--dataset", str(data), "--quiet", "--out", str(out)], stderr=subprocess.PIPE, text=True,
+    own = whole[0] / "reward_model_run" / "reward_model"
+    flags = [*TINY, "--updates", "12", "--save-every", "4"]
+    process = subprocess.Popen([sys.executable, str(TRAIN), *flags, "--reward-model", str(own), "--quiet", "--out", str(out)], stderr=subprocess.PIPE, text=True,
                                env=os.environ | ONE_THREAD, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))          # a job in the background ignores it
     while not (out / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.005)
@@ -764,10 +918,18 @@ def test_resume_equals_the_uninterrupted_run(how, whole, data, tmp_path):
         assert "--resume" in error and "Traceback" not in error
     process = call(train, "--quiet", "--resume", out)
     assert process.returncode == 0, process.stderr
-    for name in ("metrics.csv", "validation.csv", "eval.json", "config.json", "curve.png", "reward_model_metrics.csv", "checkpoint-6/model.safetensors",
-                 "reward_model/model.safetensors"):
+    for name in ("metrics.csv", "samples/0012.jsonl", "policy-0008/model.safetensors", "policy/model.safetensors"):
         assert (whole[0] / name).read_bytes() == (out / name).read_bytes(), name
-    assert_one_line_error(call(train, "--resume", out, "--lr", "0.3"), "lr", "0.3")
+    assert_one_line_error(call(train, "--resume", out, "--lr", "0.3"), "--resume", "--device")
+
+
+def test_resume_takes_the_latest_run_but_no_smoke_run(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    for name in ("20250101-000000_seed1", "20250102-000000_seed1_smoke"):
+        shutil.copytree(whole[0], tmp_path / "runs" / name)
+    monkeypatch.setattr(sys, "argv", [str(TRAIN), "--resume", "latest"])
+    given, args = train.parse_args()
+    assert train.resumed_run(given, args).updates == 12 and args.out == tmp_path / "runs" / "20250101-000000_seed1"
 
 
 def test_a_damaged_run_is_refused(whole, tmp_path):
@@ -775,8 +937,7 @@ def test_a_damaged_run_is_refused(whole, tmp_path):
     (out / "checkpoint.pt").write_bytes(b"x" * 100)
     assert_one_line_error(call(train, "--quiet", "--resume", out), "checkpoint.pt", "damaged")
     stored = json.loads((out / "config.json").read_text())
-    without = {key: value for key, value in stored.items() if key != "gamma"}
-    for changed, words in ((stored | dict(lr="x"), ["lr", "float"]), (stored | dict(foo=1), ["foo", "unknown"]), (without, ["gamma", "missing"]), ([], ["config.json"])):
+    for changed, words in ((stored | dict(lr="x"), ["lr", "float"]), (stored | dict(foo=1), ["config.json"]), ([], ["config.json"])):
         (out / "config.json").write_text(json.dumps(changed))
         assert_one_line_error(call(train, "--quiet", "--resume", out), *words)
 
@@ -792,9 +953,10 @@ model = t.MODELS["gpt2"]
 policy, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
 batch, advantages = t.a_batch(5)
 mine = slice(4 * accelerator.process_index, 4 * accelerator.process_index + 4)
-loss, norm = t.train.update(t.config(micro_batch=3, gamma=0.9), accelerator, policy, optimizer, {{key: value[mine] for key, value in batch.items()}}, advantages[mine])
+part = {{key: value[mine] for key, value in (batch | dict(advantages=advantages)).items()}}
+terms = t.train.update(t.config(micro_batch=3, gamma=0.9), accelerator, policy, optimizer, part)
 if accelerator.is_main_process:
-    torch.save((t.flat_gradient(model), loss, norm), sys.argv[1])
+    torch.save((t.flat_gradient(model), terms["loss"], terms["grad_norm"]), sys.argv[1])
 accelerator.wait_for_everyone()
 accelerator.end_training()                                        # else the interpreter may abort on its way out
 """
@@ -821,49 +983,50 @@ import json, os, sys
 sys.path.insert(0, {tests!r})
 from conftest import load
 train = load("reinforce_rlhf/train_reinforce_rlhf.py")
-original = train.collect
+original, start = train.collect, train.start_reward_model
 def spy(config, policy, reference, tokenizer, judge, prompts, generator):
     batch, texts = original(config, policy, reference, tokenizer, judge, prompts, generator)
     with open({out!r} + os.environ["RANK"], "a") as file:
         print(json.dumps([prompts, texts]), file=file)
     return batch, texts
-train.collect = spy
+def started(*arguments):
+    open({out!r} + "-part1-" + os.environ["RANK"], "x").close()
+    start(*arguments)
+train.collect, train.start_reward_model, train.start_judge = spy, started, lambda *arguments: None
 train.main()
 """
 
 
-def test_two_processes_train_together_on_their_own_prompts_and_make_the_reward_model_of_one(data, judges, tmp_path):
+def test_two_processes_train_together_on_their_own_prompts_and_one_makes_the_reward_model(data, judges, tmp_path):
     (tmp_path / "spy.py").write_text(SPY.format(tests=str(REPO / "tests"), out=str(tmp_path / "asked")))
-    launch(tmp_path / "spy.py", *TINY, "--iterations", "2", "--dataset", data, "--quiet", "--out", tmp_path / "o")
-    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["steps"] == 2 and (tmp_path / "o" / "checkpoint-2").is_dir()
+    launch(tmp_path / "spy.py", *TINY, "--updates", "2", "--dataset", data, "--config", data / "c.yaml", "--quiet", "--out", tmp_path / "o")
+    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["updates"] == 2 and (tmp_path / "o" / "policy").is_dir()
+    assert [path.name for path in tmp_path.glob("asked-part1-*")] == ["asked-part1-0"]
     for mine, its in zip(*([json.loads(line) for line in (tmp_path / f"asked{rank}").read_text().splitlines()] for rank in (0, 1)), strict=True):
         assert len(mine[0]) == len(its[0]) == 2 and not set(mine[0]) & set(its[0]) and set(mine[1]) != set(its[1])
-    start, _ = train.load_policy(str(FOLDER / "weights" / "sft"))
-    one, two = (train.load_reward_model(str(path / "reward_model"), 1)[0] for path in (judges[1].parent, tmp_path / "o"))
-    start, one, two = (torch.cat([p.flatten() for p in model.transformer.parameters()]) for model in (start, one, two))
-    assert (one - two).norm() < 0.02 * (one - start).norm()
-    losses = [[row["loss"] for row in rows_of(path / "reward_model_metrics.csv")] for path in (judges[1].parent, tmp_path / "o")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    one, two = judges[1].parent, tmp_path / "o" / "reward_model_run"          # the same run, whoever starts it
+    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
+    assert (one / "reward_model" / "model.safetensors").read_bytes() == (two / "reward_model" / "model.safetensors").read_bytes()
     assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "o"), "2 processes")
 
 
 @pytest.mark.parametrize("kind, level", [("qwen2", "1"), ("llama", "2")])
-def test_a_run_with_another_model_and_prompts_without_gold(kind, level, data, tmp_path, monkeypatch):
+def test_a_run_with_another_model_and_prompts_without_gold(kind, level, tmp_path, monkeypatch):
     """Another shape, no chat template, padding by the end token, relative paths, a conversation among the prompts."""
-    _, tokenizer = train.load_policy("random")
+    tokenizer = byte_tokenizer()
     model = type(MODELS[kind])(type(MODELS[kind].config)(**(MODELS[kind].config.to_dict() | dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=None))))
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    said = [turn("user", "Hi."), turn("assistant", "Hello."), turn("user", "Why?")]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(PAIR | dict(prompt=prompt)) + "\n" for prompt in ("Describe a car.", "Describe a bus.", said, "Describe a bike.")))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(PAIR | dict(prompt=prompt)) + "\n" for prompt in ("Describe a car.", "Describe a bus.", MESSAGES, "Describe a bike.")))
     monkeypatch.chdir(tmp_path)
-    process = call(train, *TINY, "--sft-model", "m", "--dataset", "x.jsonl", "--iterations", "1", "--level", level, "--estimator", "rloo", "--k", "2",
+    assert call(reward, *TINY_REWARD, "--model", "m", "--dataset", "x.jsonl", "--level", level, "--out", "r").returncode == 0
+    process = call(train, *TINY, "--model", "m", "--reward-model", "r/reward_model", "--updates", "1", "--level", level, "--estimator", "rloo", "--group-size", "2",
                    "--repetition-penalty", "1.1", "--quiet", "--out", "o")
     assert process.returncode == 0, process.stderr
-    assert json.loads((tmp_path / "o" / "eval.json").read_text())["sft"]["gold"] is None and math.isnan(rows_of(tmp_path / "o" / "metrics.csv")[0]["baseline"])
-    monkeypatch.chdir("/")
-    process = call(evaluation, "--checkpoint", tmp_path / "o", "--samples", "1")
-    assert process.returncode == 0 and "by reward" in process.stdout, process.stderr
+    assert "baseline" not in rows_of(tmp_path / "o" / "metrics.csv")[0]
+    process = run(EVAL, "--run", tmp_path / "o", "--samples", "1", cwd="/")
+    assert process.returncode == 0 and "by reward" in process.stdout and "in the order of the annotators" in process.stdout, process.stderr
+    assert json.loads((tmp_path / "o" / "eval.json").read_text())["sft"]["gold"] is None and (tmp_path / "o" / "curve.png").exists()
 
 
 def test_a_nan_stops_with_the_last_checkpoint_intact(tiny, tmp_path, monkeypatch):
@@ -872,17 +1035,20 @@ def test_a_nan_stops_with_the_last_checkpoint_intact(tiny, tmp_path, monkeypatch
     def poisoned(*arguments):
         calls.append(1)
         batch, texts = original(*arguments)
-        return batch | dict(returns=batch["returns"] * (math.nan if len(calls) == 4 else 1)), texts
+        return batch | dict(returns=batch["returns"] * (math.nan if len(calls) == 12 else 1)), texts
     monkeypatch.setattr(train, "collect", poisoned)
-    assert_one_line_error(call(train, *tiny, "--out", tmp_path / "o"), "a reward is not finite", "step 3", "intact")
+    assert_one_line_error(call(train, *tiny, "--updates", "12", "--out", tmp_path / "o"), "not finite", "--lr", "intact")
+    assert len(rows_of(tmp_path / "o" / "metrics.csv")) == 10
     monkeypatch.undo()
+    monkeypatch.setattr(train, "start_judge", lambda out, args: None)
     assert call(train, "--quiet", "--resume", tmp_path / "o").returncode == 0
-    assert len(rows_of(tmp_path / "o" / "metrics.csv")) == 6
+    rows = rows_of(tmp_path / "o" / "metrics.csv")
+    assert len(rows) == 12 and all(math.isfinite(value) for row in rows for value in row.values())
 
 
 def test_a_reward_model_that_bursts_is_refused(data, tmp_path):
-    process = call(train, *TINY, "--dataset", data, "--rm-lr", "1e30", "--only-reward-model", "--quiet", "--out", tmp_path / "o")
-    assert_one_line_error(process, "part 1", "not finite", "--rm-lr")
+    process = call(reward, *TINY_REWARD, "--dataset", data, "--lr", "1e30", "--out", tmp_path / "o")
+    assert_one_line_error(process, "not finite", "--lr")
     assert not (tmp_path / "o" / "reward_model").exists()
 
 
@@ -890,36 +1056,11 @@ def test_a_reward_model_that_bursts_is_refused(data, tmp_path):
 
 @pytest.mark.parametrize("name", train.BREAKS)
 def test_every_broken_variant_runs(name, tiny, tmp_path):
-    extra = ["--level", "2", "--reward-model", ""] if name == "upper-triangle" else []
-    process = call(train, *tiny[:-1], "--iterations", "1", *extra, "--break", name, "--out", tmp_path / "o")
+    process = call(train, *tiny[:-1], "--updates", "1", "--break", name, "--out", tmp_path / "o")
     assert process.returncode == 0 and f"BROKEN: {name}" in process.stdout, process.stderr
-    assert json.loads((tmp_path / "o" / "config.json").read_text())["broken"] == name and (tmp_path / "o" / "eval.json").exists()
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["broken"] == name
     row, = rows_of(tmp_path / "o" / "metrics.csv")
     assert (row["baseline"] == 0) == (name == "cold-baseline") and (name != "no-kl" or row["shaped_reward"] == row["reward"])
-
-
-def test_what_the_broken_variants_break(judges, monkeypatch):
-    """The end token is lost; answers are scored with other settings than they were drawn with."""
-    model, tokenizer = train.load_policy(str(FOLDER / "weights" / "sft"))
-    judge, drawn, original = train.load_reward_model(str(judges[1]), 1), [], train.generate
-    monkeypatch.setattr(train, "generate", lambda *arguments: drawn.append(original(*arguments)) or drawn[-1])
-    prompts = ["What is sleep?", "Tell me about music."]
-    batches = {name: train.collect(config(broken=name, max_new_tokens=64), model.eval(), model, tokenizer, judge, prompts, torch.Generator().manual_seed(0))[0]
-               for name in ("", "text-round-trip", "sampling-mismatch")}
-    ended = lambda batch: [tokenizer.eos_token_id in ids[mask > 0] for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
-    assert any(ended(batches[""])) and not any(ended(batches["text-round-trip"]))
-    for name, batch in batches.items():
-        torch.testing.assert_close(batch["logprobs"], train.score(model, batch, 1.0, 1.0, 8), atol=1e-3, rtol=0)
-    torch.testing.assert_close(drawn[0][2], batches[""]["logprobs"])
-    mismatch = batches["sampling-mismatch"]
-    assert (drawn[2][2] - mismatch["logprobs"]).abs().max() > 0.1
-    torch.testing.assert_close(drawn[2][2], train.score(model, mismatch, 0.8, 1.2, 8), atol=1e-3, rtol=0)
-
-
-def test_text_round_trip_of_answers_without_text(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "answer_texts", lambda tokenizer, ids, mask: [""] * len(ids))
-    process = call(train, *tiny, "--break", "text-round-trip", "--iterations", "1", "--out", tmp_path / "o")
-    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("broken", [[], ["--break", "upper-triangle"]], ids=["right", "broken"])
@@ -927,13 +1068,24 @@ def test_the_upper_triangle_raises_the_rejected_while_the_loss_falls(broken, tmp
     lines = "".join(f"{line}\n" for line in (FOLDER / "data" / "train.jsonl").read_text(encoding="utf8").splitlines()[:8])
     (tmp_path / "train.jsonl").write_text(lines)
     (tmp_path / "held_out.jsonl").write_text(lines)
-    process = call(train, "--level", "2", "--only-reward-model", "--dataset", tmp_path, "--rm-epochs", "25", "--rm-batch-size", "8", "--rm-lr", "1e-3", *broken, "--device", "cpu",
-                   "--quiet", "--out", tmp_path / "o")
+    process = call(reward, "--level", "2", "--dataset", tmp_path, "--epochs", "25", "--batch-size", "8", "--lr", "1e-3", *broken, "--device", "cpu", "--quiet", "--out", tmp_path / "o")
     assert process.returncode == 0, process.stderr
-    losses = [row["loss"] for row in rows_of(tmp_path / "o" / "reward_model_metrics.csv")]
+    losses = [row["loss"] for row in rows_of(tmp_path / "o" / "metrics.csv")]
     assert len(losses) == 25 and losses[0] == pytest.approx(0.7985, abs=0.1) and losses[-1] < 0.3
-    found = train.judge_pairs(train.load_reward_model(str(tmp_path / "o" / "reward_model"), 2), train.read_pairs(tmp_path / "train.jsonl"), 128, None)
-    assert found["accuracy"] == (0.0 if broken else 1.0)
+    rows = answers.pairs_of(answers.load_judge(tmp_path / "o" / "reward_model"), reward.read_pairs(tmp_path / "train.jsonl"), 128)
+    assert evaluation.judge_pairs(rows, dict(topic_of={}))["accuracy"] == (0.0 if broken else 1.0)
+
+
+def test_batches_hold_similar_lengths_and_each_pair_once_an_epoch():
+    lengths = np.random.default_rng(0).integers(5, 60, size=100)
+    batches = reward.sample_batches(lengths, 8, 2, 3)
+    assert len(batches) == 2 * 12 and all(len(batch) == 8 for batch in batches)
+    for epoch in (batches[:12], batches[12:]):
+        numbers = np.concatenate(epoch)
+        assert len(set(numbers.tolist())) == 96
+        for pool in (epoch[:8], epoch[8:]):                       # eight batches at a time are sorted
+            assert (np.diff(np.concatenate([lengths[batch] for batch in pool])) >= 0).all()
+    assert [b.tolist() for b in batches] == [b.tolist() for b in reward.sample_batches(lengths, 8, 2, 3)] != [b.tolist() for b in reward.sample_batches(lengths, 8, 2, 4)]
 
 
 # ---- settings: file, flags, what is refused -------------------------------------------------------------------------
@@ -941,151 +1093,178 @@ def test_the_upper_triangle_raises_the_rejected_while_the_loss_falls(broken, tmp
 def another(f):
     """A valid value that is not the default."""
     if f.type is str:
-        return "cpu" if "choices" in f.metadata else f.name
+        return f.name
     options = (f.default / 2, f.default + 0.5) if f.type is float else (f.default - 1, f.default + 1)
     return next(value for value in options if value >= f.metadata.get("low", 0) and value != f.default)
 
 
-def nested(flat):
-    content = {}
-    for key, value in flat.items():
-        *outer, inner = key.split(".")
-        (content.setdefault(outer[0], {}) if outer else content)[inner] = value
-    return content
-
-
-def test_every_key_of_a_config_file_arrives_and_relative_paths_are_its_own(data, judges, tmp_path):
-    named = [f for f in train.fields(train.Config) if "key" in f.metadata]
-    values = {f.metadata["key"]: another(f) for f in named} | {"reinforce.output_dir": "made/here", "reward_model.output_dir": "rm", "sft_model_name": "m", "dataset_name": "d"}
-    assert {"seed", "device", "max_length", "reward_model.learning_rate", "reinforce.gamma", "reinforce.kl_coefficient", "dataset_split"} < set(values)
-    (tmp_path / "c").mkdir()
-    shutil.copytree(FOLDER / "weights" / "sft", tmp_path / "c" / "m")
-    shutil.copytree(data, tmp_path / "c" / "d")
-    (tmp_path / "c" / "c.yaml").write_text(yaml.safe_dump(nested(values)))
-    process = call(train, "--config", tmp_path / "c" / "c.yaml", "--only-reward-model", "--reward-model", judges[1], "--quiet", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    stored = json.loads((tmp_path / "c" / "made" / "here" / "config.json").read_text())
-    places = dict(sft_model="m", dataset="d", rm_output_dir="rm")
-    for f in named:
-        wanted = str(tmp_path / "c" / places[f.name]) if f.name in places else values[f.metadata["key"]]
-        assert stored[f.name] == wanted != f.default, f.name
-
-
 def parsed(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", [str(TRAIN), *map(str, flags)])
-    return train.parse_args()[0]
+    return train.new_run(*train.parse_args())
 
 
-def test_flags_come_before_the_file_and_the_file_before_the_defaults(tmp_path, monkeypatch):
-    (tmp_path / "c.yaml").write_text("seed: 7\nmax_length: 90\nreward_model:\nreinforce:\n  learning_rate: 1e-5\n  gamma: 1\n  temperature: 0.5\n")
+def parsed_reward(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", [str(REWARD), *map(str, flags)])
+    return reward.parse_args()
+
+
+FULL = """
+sft_model_name: m
+dataset_name: d
+dataset_split: part
+device: cpu
+max_length: 90
+seed: 7
+reward_model: {learning_rate: 1e-5, batch_size: 3, num_train_epochs: 2, output_dir: made/rm, center_coefficient: 0.5, validation_split: 0.25}
+reinforce: {learning_rate: 3e-6, batch_size: 12, num_iterations: 5, kl_coefficient: 0.05, gamma: 0.5, temperature: 0.7, repetition_penalty: 1.5,
+            max_new_tokens: 33, micro_batch: 4, validation_interval: 25, output_dir: made/here}
+"""
+
+
+def test_every_key_of_a_config_file_arrives_and_relative_paths_are_its_own(tmp_path, monkeypatch):
+    for name in ("m", "d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c.yaml").write_text(FULL)
+    monkeypatch.chdir("/")
+    found = parsed(monkeypatch, "--config", tmp_path / "c.yaml")
+    wanted = dict(model=str(tmp_path / "m"), dataset=str(tmp_path / "d"), max_length=90, seed=7, reward_model=str(tmp_path / "made" / "rm" / "reward_model"), lr=3e-6, batch_size=12,
+                  updates=5, kl_coef=0.05, gamma=0.5, temperature=0.7, repetition_penalty=1.5, max_new_tokens=33, micro_batch=4, save_every=25, config=str(tmp_path / "c.yaml"))
+    assert {name: getattr(found, name) for name in wanted} == wanted
+    args = train.parse_args()[1]
+    assert (args.out, args.device) == (tmp_path / "made" / "here", "cpu")
+    found, args = parsed_reward(monkeypatch, "--config", tmp_path / "c.yaml")
+    wanted = dict(model=str(tmp_path / "m"), dataset=str(tmp_path / "d"), split="part", max_length=90, seed=7, lr=1e-5, batch_size=3, epochs=2, center=0.5, validation_split=0.25)
+    assert {name: getattr(found, name) for name in wanted} == wanted and (args.out, args.device) == (tmp_path / "made" / "rm", "cpu")
+
+
+def test_flags_come_before_smoke_smoke_before_the_file_and_the_file_before_the_defaults(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("seed: 7\nmax_length: 90\nreward_model:\nreinforce:\n  learning_rate: 1e-5\n  gamma: 1\n  temperature: 0.5\n  num_iterations: 99\n")
     found = parsed(monkeypatch, "--config", tmp_path / "c.yaml", "--temperature", "0.25", "--seed", "8")
-    assert (found.seed, found.max_length, found.lr, found.gamma, found.temperature, found.rm_center) == (8, 90, 1e-5, 1.0, 0.25, train.Config().rm_center)
+    assert (found.seed, found.max_length, found.lr, found.gamma, found.temperature, found.kl_coef) == (8, 90, 1e-5, 1.0, 0.25, train.Config().kl_coef)
     assert parsed(monkeypatch, "--config", tmp_path / "c.yaml").seed == 7 and parsed(monkeypatch).seed == train.Config().seed
-    assert (parsed(monkeypatch).k, parsed(monkeypatch, "--estimator", "rloo").k, parsed(monkeypatch, "--estimator", "rloo", "--k", "2").k) == (1, 4, 2)
+    assert [parsed(monkeypatch, "--config", tmp_path / "c.yaml", *more).updates for more in ([], ["--smoke"], ["--smoke", "--updates", "3"])] == [99, 2, 3]
+    sizes = [parsed(monkeypatch, *flags).group_size for flags in ([], ["--estimator", "rloo"], ["--estimator", "rloo", "--group-size", "2"])]
+    assert sizes == [1, 4, 2]
 
 
 def test_the_stored_command_makes_the_same_configuration(monkeypatch, tmp_path):
-    changed = {f.name: another(f) for f in train.fields(train.Config) if f.type is not str and f.name not in ("level", "k")}
-    for some in (changed, dict(k=4), dict(estimator="rloo", k=2), dict(level=2, broken="upper-triangle"),
-                 dict(sft_model=str(tmp_path / "a model"), dataset=str(tmp_path), split="x y")):
-        wanted = train.replace(train.Config(**(dict(k=4 if "rloo" in some.values() else 1) | some)))
+    changed = {f.name: another(f) for f in train.fields(train.Config) if f.type is not str and f.name not in ("level", "group_size")}
+    for some in (changed, dict(batch_size=8, group_size=4), dict(estimator="rloo", group_size=2), dict(level=2, broken="no-kl"),
+                 dict(model=str(tmp_path / "a model"), dataset=str(tmp_path))):
+        wanted = train.Config(**(dict(group_size=1) | some))
         words = shlex.split(train.command_of(wanted))
         assert words[:2] == ["python", "train_reinforce_rlhf.py"] and parsed(monkeypatch, *words[2:]) == wanted
+    changed = {f.name: another(f) for f in reward.fields(reward.Config) if f.type is not str and f.name != "level"}
+    for some in (changed, dict(level=2, broken="upper-triangle"), dict(split="x y")):
+        words = shlex.split(reward.command_of(reward.Config(**some)))
+        assert words[:2] == ["python", "train_reward_model.py"] and parsed_reward(monkeypatch, *words[2:])[0] == reward.Config(**some)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_config_files_are_read(path, monkeypatch):
-    assert isinstance(parsed(monkeypatch, "--config", path), train.Config)
+    assert isinstance(parsed(monkeypatch, "--config", path), train.Config) and isinstance(parsed_reward(monkeypatch, "--config", path)[0], reward.Config)
 
 
 @pytest.mark.parametrize("text, words", [
-    ("sead: 1", ["sead", "unknown", "max_length"]), ("reinforce:\n  gama: 1", ["reinforce.gama"]), ("reward_model: x", ["reward_model"]),
-    ("seed: 1.5", ["seed", "whole number", "1.5"]),
-    ("seed: true", ["seed", "whole number"]), ("seed:", ["seed"]), ("reinforce:\n  gamma: high", ["reinforce.gamma", "a number", "high"]),
-    ("reinforce:\n  gamma: true", ["reinforce.gamma"]),
-    ("device: 5", ["device", "a text"]), ("device: tpu", ["--device", "mps"]), ("reinforce:\n  gamma: 2", ["--gamma", "at most 1"]), ("- 1\n- 2", ["keys and values"]),
-    ("a: b: c", ["cannot be read"]),
-    ("", ["keys and values"]), ("sft_model_name: [1]", ["sft_model_name"]), ("\x00", ["cannot be read"])])
-def test_bad_config_files_are_refused(text, words, tmp_path):
+    ("sead: 1", ["--sead"]), ("reinforce:\n  gama: 1", ["--gama"]), ("reward_model: x", ["keys and values"]),
+    ("seed: 1.5", ["seed", "int", "1.5"]),
+    ("seed: true", ["seed", "int"]), ("seed:", ["seed"]), ("reinforce:\n  gamma: high", ["gamma", "float", "high"]),
+    ("reinforce:\n  gamma: true", ["gamma"]),
+    ("device: 5", ["--device", "mps"]), ("device: tpu", ["--device", "mps"]), ("reinforce:\n  gamma: 2", ["--gamma", "at most 1"]), ("- 1\n- 2", ["keys and values"]),
+    ("a: b: c", ["keys and values"]),
+    ("", ["keys and values"]), ("sft_model_name: [1]", ["cannot be loaded"]), ("\x00", ["keys and values"])])
+def test_bad_config_files_are_refused(text, words, judges, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
-    assert_one_line_error(call(train, "--config", tmp_path / "c.yaml", "--quiet", "--out", tmp_path / "o"), *words)
+    assert_one_line_error(call(train, "--config", tmp_path / "c.yaml", "--reward-model", judges[1], "--quiet", "--out", tmp_path / "o"), *words)
+
+
+@pytest.mark.parametrize("text, words", [("sead: 1", ["--sead"]), ("reward_model:\n  epoch: 1", ["--epoch"]), ("reward_model: x", ["keys and values"]), ("seed: 1.5", ["seed", "int"]),
+                                         ("- 1", ["keys and values"]), ("reward_model:\n  learning_rate: 0", ["--lr", "above 0"])])
+def test_bad_config_files_are_refused_in_part_1(text, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    assert_one_line_error(call(reward, "--config", tmp_path / "c.yaml", "--quiet", "--out", tmp_path / "o"), *words)
 
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--estimator", "rloo", "--k", "1"], ["--k"]), (["--estimator", "rloo", "--batch-size", "6"], ["--batch-size 6", "--k 4"]), (["--level", "3"], ["--level", "1, 2"]),
-    (["--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]), (["--skip-reward-training", "--only-reward-model"], ["--skip-reward-training", "excludes"]),
-    (["--break", "x"], ["upper-triangle"]),
-    (["--break", "upper-triangle"], ["--level 2"]), (["--break", "upper-triangle", "--level", "2", "--skip-reward-training"], ["upper-triangle", "--skip-reward-training"]),
-    (["--break", "cold-baseline", "--estimator", "rloo"], ["cold-baseline"]), (["--resume", "nowhere"], ["no such directory"]), (["--resume", "."], ["config.json"]),
-    (["--lr", "0"], ["--lr", "above 0"]),
+    (["--estimator", "rloo", "--group-size", "1"], ["--group-size"]), (["--estimator", "rloo", "--batch-size", "6"], ["--batch-size 6", "--group-size 4"]),
+    (["--level", "3"], ["--level", "1, 2"]), (["--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]),
+    (["--skip-reward-training", "--only-reward-model"], ["--skip-reward-training", "not allowed"]),
+    (["--break", "x"], ["cold-baseline"]), (["--break", "cold-baseline", "--estimator", "rloo"], ["cold-baseline"]),
+    (["--resume", "nowhere"], ["config.json"]), (["--resume", "."], ["config.json"]), (["--resume", ".", "--smoke"], ["--resume"]), (["--resume", ".", "--lr", "1"], ["--resume"]),
+    (["--resume", ".", "--skip-reward-training"], ["--resume"]), (["--lr", "0"], ["--lr", "above 0"]),
     (["--temperature", "0"], ["--temperature"]), (["--kl-coef", "-1"], ["--kl-coef"]), (["--kl-coef", "nan"], ["--kl-coef"]),
     (["--repetition-penalty", "0.5"], ["--repetition-penalty"]),
     (["--gamma", "1.5"], ["--gamma"]), (["--stepz", "1"], ["--help"]), (["--lr", "fast"], ["--lr", "--help"]),
-    (["--max-new-tokens", "500"], ["--max-new-tokens", "--max-length"]),
-    (["--sft-model", "no/such/model"], ["no/such/model", "loaded"]), (["--config", "nowhere.yaml"], ["nowhere.yaml"]), (["--log-with", "wandb"], ["pip install wandb"]),
-    (["--log-with", "x"], ["tensorboard"]),
-    (["--resume", ".", "--smoke"], ["--smoke", "--resume"]), pytest.param(["--device", "cuda"], ["--device cuda", "cpu"], marks=needs_no_gpu)])
+    (["--max-new-tokens", "500", "--skip-reward-training"], ["--max-new-tokens", "--max-length"]),
+    (["--model", "no/such/model", "--skip-reward-training"], ["no/such/model", "loaded"]), (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    pytest.param(["--device", "cuda"], ["--device cuda", "cpu"], marks=needs_no_gpu)])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
 
 
-def test_trainer_refuses_what_cannot_serve(data, judges, tiny, tmp_path):
+@pytest.mark.parametrize("arguments, words", [
+    (["--level", "3"], ["--level", "1, 2"]), (["--break", "x"], ["upper-triangle"]), (["--break", "upper-triangle"], ["--level 2"]), (["--lr", "0"], ["--lr", "above 0"]),
+    (["--validation-split", "1"], ["--validation-split", "at most 0.9"]), (["--epochs", "0"], ["--epochs"]), (["--stepz", "1"], ["--help"]), (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--max-length", "300"], ["--max-length", "context"]),
+    pytest.param(["--device", "cuda"], ["--device cuda", "cpu"], marks=needs_no_gpu)])
+def test_reward_trainer_refuses_bad_values(arguments, words, tmp_path):
+    assert_one_line_error(call(reward, *arguments, "--quiet", "--out", tmp_path / "out", cwd=tmp_path), *words)
+
+
+def test_trainer_refuses_what_cannot_serve(judges, tiny, tmp_path):
     refused = lambda *arguments: call(train, *tiny, *arguments, "--out", tmp_path / f"o{len(list(tmp_path.iterdir()))}")
     assert_one_line_error(refused("--level", "2"), "1 logits", "--level 2 needs 10")
     assert_one_line_error(refused("--reward-model", FOLDER / "weights" / "sft"), "2 logits")
     assert_one_line_error(refused("--max-length", "14"), "no prompt", "--max-length")
-    policy, tokenizer = train.load_policy("random")
+    assert_one_line_error(refused("--max-length", "300"), "--max-length", "context")
+    policy, tokenizer = byte_model()
     tokenizer.eos_token = None
     policy.save_pretrained(tmp_path / "mute")
     tokenizer.save_pretrained(tmp_path / "mute")
-    assert_one_line_error(refused("--sft-model", tmp_path / "mute"), "end-of-sequence")
+    assert_one_line_error(refused("--model", tmp_path / "mute"), "end-of-sequence")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     assert_one_line_error(call(train, *tiny, "--out", tmp_path / "full"), "--out", "not an empty directory")
-    assert_one_line_error(call(train, *TINY, "--dataset", data, "--rm-output-dir", tmp_path / "full", "--quiet", "--out", tmp_path / "o"), "--rm-output-dir")
+    assert_one_line_error(call(reward, *TINY_REWARD, "--out", tmp_path / "full"), "--out", "not an empty directory")
     assert_one_line_error(call(train, *tiny, "--out", tmp_path / "full" / "x" / "y"), "--out")
 
 
-def test_lengths_beyond_the_models_context_are_refused(tiny, tmp_path):
-    assert_one_line_error(call(train, *tiny, "--max-length", "300", "--out", tmp_path / "o"), "--max-length")
-
-
-def test_the_reward_model_goes_where_it_is_told_and_is_found_there(data, tmp_path):
-    for extra in (["--only-reward-model"], ["--skip-reward-training", "--iterations", "1"]):
-        process = call(train, *TINY, "--dataset", data, "--rm-output-dir", tmp_path / "rm", *extra, "--quiet", "--out", tmp_path / extra[0])
-        assert process.returncode == 0, process.stderr
-    stored = json.loads((tmp_path / "--skip-reward-training" / "config.json").read_text())
-    assert (tmp_path / "rm" / "model.safetensors").exists() and stored["reward_model"] == str(tmp_path / "rm")
+def test_prompts_that_leave_no_room_are_left_out(judges):
+    _, tokenizer = sft_model()
+    policy, data = MODELS["gpt2"], judges[1].parent / "data" / "prompts_train.jsonl"
+    length = {prompt: train.prompt_tokens(tokenizer, [prompt])[0].shape[1] for prompt in map(json.loads, data.read_text().splitlines())}
+    longest = sorted(length.values())[len(length) // 2]
+    kept = train.load_prompts(train.Config(max_length=longest + 12, max_new_tokens=12), judges[1], policy, tokenizer)
+    assert kept == [prompt for prompt, n in length.items() if n <= longest] and 0 < len(kept) < len(length)
 
 
 SFT = FOLDER / "weights" / "sft"
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--checkpoint", "nowhere"], ["nowhere"]), (["--samples", "0"], ["--samples"]), (["--json", "no/such/x.json"], ["--json"]), (["--figure", "."], ["--figure"]),
-    (["--stepz"], ["--help"]), (["--level", "3"], ["--level"]), (["--repeats", "1"], ["--repeats"]), (["--checkpoint", SFT, "--config", "nowhere.yaml"], ["nowhere.yaml"]),
-    (["--checkpoint", SFT, "--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]), (["--checkpoint", SFT, "--reward-model", SFT], ["2 logits"])])
+    (["--samples", "0"], ["--samples"]), (["--json", "no/such/x.json"], ["--json"]), (["--json", "."], ["--json"]),
+    (["--stepz"], ["--help"]), (["--level", "3"], ["--level"]), (["--show", "-1"], ["--show"]), (["--run", "nowhere"], ["nowhere"])])
 def test_eval_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path), *words)
 
 
-@pytest.mark.parametrize("text", ["reinforce:\n  temperature: 0", "seed: 2024-13-45"])
-def test_eval_refuses_bad_config_files(text, whole, tmp_path):
-    (tmp_path / "c.yaml").write_text(text)
-    assert_one_line_error(call(evaluation, "--checkpoint", whole[0], "--config", tmp_path / "c.yaml", "--samples", "1"))
+@pytest.mark.parametrize("arguments, words", [
+    (["--weights", "nowhere"], ["nowhere", "config.json"]), (["--weights", SFT, "--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]),
+    (["--weights", SFT, "--reward-model", SFT], ["2 logits"]), (["--samples", "0"], ["--samples"])])
+def test_making_of_answers_refuses_bad_values(arguments, words, tmp_path):
+    assert_one_line_error(call(answers, *arguments, "--out", tmp_path / "a.jsonl", cwd=tmp_path), *words)
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 # ---- what is shipped ------------------------------------------------------------------------------------------------
 
 def test_shipped_policy_beats_the_sft_model_and_the_reward_models_are_good(tmp_path):
-    if not (FOLDER / "weights" / "policy_level1").exists():
-        pytest.skip("weights/policy_level1 is not made yet")
     process = run(EVAL, "--samples", "1", "--json", tmp_path / "e.json", env=ONE_THREAD)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["win_rate"] > 0.75 and result["trained"]["gold"] > result["sft"]["gold"] + 1 and result["reward_model_accuracy"] >= 0.78
-    pairs = train.load_data("", "train", 0.1, 1)[1]
-    assert train.judge_pairs(train.load_reward_model(str(FOLDER / "weights" / "reward_model_level2"), 2), pairs, 128, WORLD)["accuracy"] >= 0.78
+    rows = answers.pairs_of(answers.load_judge(FOLDER / "weights" / "reward_model_level2"), answers.read_rows(FOLDER / "data", "held_out"), 128)
+    assert evaluation.judge_pairs(rows, WORLD)["accuracy"] >= 0.78

@@ -1,10 +1,10 @@
 """RLOO: this collection's trainer against TRL's RLOOTrainer, same SFT model, prompts, reward model, group size, lengths and threads, one process.
 
     python tests/benchmarks/bench_rlhf.py                 about five minutes; prints a Markdown table
-    python tests/benchmarks/bench_rlhf.py --reward-model reinforce_rlhf/runs/mine/reward_model
+    python tests/benchmarks/bench_rlhf.py --reward-model reinforce_rlhf/runs/mine/reward_model_run/reward_model
 
-Both do the same work per step: draw 64 × 4 answers of at most 64 tokens, score them with the level-1 reward model and with the reference, take the KL off the
-reward, and make one step of AdamW on the leave-one-out advantages. The policy's log-probabilities come for free in ours, because they are those it drew with;
+Both do the same work per step: sample 64 × 4 answers of at most 64 tokens, score them with the level-1 reward model and with the reference, take the KL off the
+reward, and make one step of AdamW on the leave-one-out advantages. The policy's log-probabilities come for free in ours, because they are those it sampled with;
 TRL computes them once more, and that work is not in the floor.
 Steps alternate between the contenders, after three steps for warming up; medians are printed. First comes the floor: the multiplications that no
 implementation can avoid, for the answers as long as they were, at the rate of a large matrix product on this machine.
@@ -49,10 +49,10 @@ class Memory:
 
 
 def ours_stepper(config, judge, prompts):
-    """A function that makes one step and returns (drawing and scoring seconds, update seconds, tokens, peak MB)."""
+    """A function that makes one step and returns (sampling and scoring seconds, update seconds, tokens, peak MB)."""
     accelerator = Accelerator(cpu=True)
-    policy, tokenizer = ours.load_policy(str(FOLDER / "weights" / "sft"))
-    reference, _ = ours.load_policy(str(FOLDER / "weights" / "sft"))
+    policy, tokenizer = ours.load_policy(config)
+    reference, _ = ours.load_policy(config)
     policy, optimizer = accelerator.prepare(policy.eval(), torch.optim.AdamW(policy.parameters(), lr=config.lr))
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
 
@@ -62,7 +62,8 @@ def ours_stepper(config, judge, prompts):
             start = time.perf_counter()
             batch, _ = ours.collect(config, policy, reference.requires_grad_(False).eval(), tokenizer, judge, asked, generator)
             middle = time.perf_counter()
-            ours.update(config, accelerator, policy, optimizer, batch, ours.rloo_advantages(batch["returns"], GROUP))
+            advantages = ours.answer_advantages(config, batch["returns"], None)
+            ours.update(config, accelerator, policy, optimizer, batch | dict(advantages=advantages))
             end = time.perf_counter()
         return middle - start, end - middle, batch["completion_mask"].sum().item(), memory.peak
     return step, policy, tokenizer
@@ -75,11 +76,11 @@ def trl_stepper(config, judge, prompts, rows):
     accumulation = PROMPTS * GROUP // rows
 
     def reward(prompts, completions, **_):
-        return ours.reward_of(ours.reward_logits(*judge, [p[-1]["content"] for p in prompts], [c[0]["content"] for c in completions], config.max_length)).tolist()
+        return ours.reward_from_logits(ours.reward_logits(*judge, [p[-1]["content"] for p in prompts], [c[0]["content"] for c in completions], config.max_length)).tolist()
     args = RLOOConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1000,
                       per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation, num_generations=GROUP, max_completion_length=LONGEST, num_iterations=1,
                       temperature=1.0, top_k=0, top_p=1.0, normalize_advantages=False, disable_dropout=True, beta=BETA, learning_rate=LR, max_steps=10**6, disable_tqdm=True)
-    policy, tokenizer = ours.load_policy(str(FOLDER / "weights" / "sft"))
+    policy, tokenizer = ours.load_policy(config)
     trainer = RLOOTrainer(model=policy, reward_funcs=reward, processing_class=tokenizer, args=args,
                           train_dataset=Dataset.from_dict(dict(prompt=[[dict(role="user", content=prompt)] for prompt in prompts])))
     trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
@@ -87,20 +88,20 @@ def trl_stepper(config, judge, prompts, rows):
         raise SystemExit("TRL made no reference model; this comparison would not be fair")
     dataloader = trainer.get_train_dataloader()
     loader = (batch for _ in itertools.count() for batch in dataloader)
-    drawing = []
+    sampling = []
     original = trainer._generate_and_score_completions
 
     def timed(inputs):
         start = time.perf_counter()
         result = original(inputs)
-        drawing.append((time.perf_counter() - start, len(inputs), result["completion_mask"].sum().item()))
+        sampling.append((time.perf_counter() - start, len(inputs), result["completion_mask"].sum().item()))
         return result
     trainer._generate_and_score_completions = timed
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = accumulation
 
     def step():
-        drawing.clear()
+        sampling.clear()
         with Memory() as memory:
             start = time.perf_counter()
             for _ in range(accumulation):
@@ -110,8 +111,8 @@ def trl_stepper(config, judge, prompts, rows):
             trainer.model.zero_grad()
             trainer.state.global_step += 1
             seconds = time.perf_counter() - start
-        assert [count for _, count, _ in drawing] == [PROMPTS * GROUP]
-        return drawing[0][0], seconds - drawing[0][0], drawing[0][2], memory.peak
+        assert [count for _, count, _ in sampling] == [PROMPTS * GROUP]
+        return sampling[0][0], seconds - sampling[0][0], sampling[0][2], memory.peak
     return step
 
 
@@ -136,9 +137,9 @@ def main():
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     judge = ours.load_reward_model(args.reward_model, 1)
-    config = ours.Config(estimator="rloo", k=GROUP, batch_size=PROMPTS * GROUP, max_new_tokens=LONGEST, kl_coef=BETA, lr=LR)
-    pairs, _, _ = ours.load_data("", "train", 0.1, 1)
-    prompts = ours.unique_prompts(pairs)
+    config = ours.Config(estimator="rloo", group_size=GROUP, batch_size=PROMPTS * GROUP, max_new_tokens=LONGEST, kl_coef=BETA, lr=LR)
+    policy, tokenizer = ours.load_policy(config)
+    prompts = ours.load_prompts(config, Path(args.reward_model), policy, tokenizer)
     rate = matrix_rate()
     print(f"{args.threads} threads, {rate / 1e9:.0f} GFLOP/s, {PROMPTS} prompts × {GROUP} answers of at most {LONGEST} tokens")
     mine, policy, tokenizer = ours_stepper(config, judge, prompts)
@@ -155,11 +156,11 @@ def main():
     floors = []
     for _, _, tokens, _ in results["this trainer"]:
         # A prompt's tokens need no more than one pass for all its answers, except in the reward model, which sees texts one by one
-        drawing, judging = tokens * whole + PROMPTS * T * body, (tokens + PROMPTS * GROUP * T) * body
-        floors.append((drawing + judging + (1 + 3) * (tokens * whole + PROMPTS * T * body)) / rate)
+        sampling, judging = tokens * whole + PROMPTS * T * body, (tokens + PROMPTS * GROUP * T) * body
+        floors.append((sampling + judging + (1 + 3) * (tokens * whole + PROMPTS * T * body)) / rate)
     median = lambda name, column: statistics.median(row[column] for row in results[name])
     total = lambda name: statistics.median(row[0] + row[1] for row in results[name])
-    print("\n| | s a step | drawing and scoring | update | answers per second | tokens a step | peak MB | times as fast as the faster TRL |\n|---|---|---|---|---|---|---|---|")
+    print("\n| | s a step | sampling and scoring | update | answers per second | tokens a step | peak MB | times as fast as the faster TRL |\n|---|---|---|---|---|---|---|---|")
     floor = statistics.median(floors)
     print(f"| floor: its multiplications alone | {floor:.2f} | | | {PROMPTS * GROUP / floor:.0f} | | | |")
     best = min(total(name) for name in results if name != "this trainer")
