@@ -1,10 +1,17 @@
 """Tic-Tac-Toe: rules and minimax against an independent oracle, the loss against a transcription, the proof on players that lose,
 and the games a person plays."""
 import builtins
+import csv
 import json
 import math
+import os
 import pickle
 import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 
 import gymnasium as gym
@@ -18,7 +25,9 @@ from conftest import REPO, assert_one_line_error, call, load, run
 
 FOLDER = REPO / "tictactoe_actorcritic"
 TRAIN, EVAL, WEIGHTS = FOLDER / "train_tictactoe.py", FOLDER / "tictactoe_eval.py", FOLDER / "weights" / "best.pt"
+PLAY, STUDY = FOLDER / "play_tictactoe.py", FOLDER / "study.py"
 train, evaluation = load("tictactoe_actorcritic/train_tictactoe.py"), load("tictactoe_actorcritic/tictactoe_eval.py")
+playing, study = load("tictactoe_actorcritic/play_tictactoe.py"), load("tictactoe_actorcritic/study.py")
 torch.set_num_threads(1)
 VALUES = train.minimax_values()
 POSITIONS = [board for board in VALUES if train.outcome_if_over(board) is None]
@@ -169,9 +178,9 @@ def test_play_games_against_a_plain_loop(seed):
     a, b = rng.sample(range(9), 9), rng.sample(range(9), 9)
     starts = [(0,) * 9] * 4 + rng.sample(POSITIONS, 60)
     rng.shuffle(starts)
-    # with this variant everybody looks at the board as it is, so that fixed players stay fixed
-    config = train.Config(opponent_random=0.0, broken="off-policy-symmetry")
-    boards, actions, outcomes = train.play_games(Fixed(a), Fixed(b), torch.tensor(starts, dtype=torch.int8), config, torch.Generator().manual_seed(0))
+    # with one view everybody looks at the board as it is, so that fixed players stay fixed
+    config = train.Config(opponent_random=0.0, views=1)
+    batch = train.play_games(Fixed(a), Fixed(b), torch.tensor(starts, dtype=torch.int8), config, torch.Generator().manual_seed(0))
     expected = []
     for game, board in enumerate(starts):
         step, decisions = 0, []
@@ -184,8 +193,9 @@ def test_play_games_against_a_plain_loop(seed):
         over = train.outcome_if_over(board)
         last_was_learner = ((step - 1) % 2 == 0) == (game < len(starts) // 2)
         result = 0 if over == 0 else 1 if last_was_learner else -1
-        expected += [(*decision, result) for decision in decisions]
-    got = [(tuple(board), action, outcome) for board, action, outcome in zip(boards.tolist(), actions.tolist(), outcomes.tolist())]
+        expected += [(game, *decision, result) for decision in decisions]
+    boards, actions, games, outcomes = (batch[name].tolist() for name in ("boards", "actions", "games", "outcomes"))
+    got = [(game, tuple(board), action, outcome) for game, board, action, outcome in zip(games, boards, actions, outcomes)]
     assert sorted(got) == sorted(expected)
 
 
@@ -206,22 +216,97 @@ def test_views_map_the_move_back():
     """A player that sees how to win at once must win at once, whichever view it is shown."""
     wins = [b for b in POSITIONS if any(b[s] == 0 and train.outcome_if_over(train.after(b, s)) == -1 for s in range(9))]
     starts = torch.tensor(wins + wins, dtype=torch.int8)          # in the first half of the games the learner is to move
-    _, _, outcomes = train.play_games(Finisher(), Finisher(), starts, train.Config(opponent_random=0.0), torch.Generator().manual_seed(0))
-    assert len(outcomes) == len(wins) and (outcomes == 1).all()
+    batch = train.play_games(Finisher(), Finisher(), starts, train.Config(opponent_random=0.0), torch.Generator().manual_seed(0))
+    assert len(batch["outcomes"]) == len(wins) and (batch["outcomes"] == 1).all()
+
+
+def test_choose_moves_shows_a_view_and_maps_the_move_back():
+    """The docstring's drawing, and: what was seen is the board in one of the views, and the square is the action in that view."""
+    board = torch.tensor([[1, -1, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int8)
+    assert board.gather(1, train.VIEWS[2:3]).tolist() == [[0, 0, 0, -1, 0, 0, 1, 0, 0]] and train.VIEWS[2, 7] == 3
+    boards = torch.tensor(POSITIONS, dtype=torch.int8)
+    torch.manual_seed(0)
+    seen, actions, squares = train.choose_moves(train.make_agent(8)["actor"], boards, 8, 0.5, torch.Generator().manual_seed(0))
+    used = set()
+    for board, view, action, square in zip(POSITIONS, seen.tolist(), actions.tolist(), squares.tolist()):
+        assert board[square] == 0
+        fits = [k for k, squares_of in enumerate(train.VIEWS.tolist())
+                if [board[s] for s in squares_of] == view and squares_of[action] == square]
+        assert fits
+        used.update(fits)
+    assert used == set(range(8))
+
+
+def test_make_moves_moves_in_the_games_it_is_given():
+    boards = torch.tensor([[1, 1, 0, -1, -1, 0, 0, 0, 0]] * 3, dtype=torch.int8)
+    won, over = train.make_moves(boards, torch.tensor([2, 0]), torch.tensor([2, 8]))
+    assert won.tolist() == over.tolist() == [True, False]
+    assert boards.tolist() == [[-1, -1, 0, 1, 1, 0, 0, 0, -1], [1, 1, 0, -1, -1, 0, 0, 0, 0], [-1, -1, -1, 1, 1, 0, 0, 0, 0]]
+    full = torch.tensor([[1, -1, 1, 1, -1, -1, -1, 1, 0]], dtype=torch.int8)
+    won, over = train.make_moves(full, torch.tensor([0]), torch.tensor([8]))
+    assert won.tolist() == [False] and over.tolist() == [True]
+
+
+def test_blunders_are_uniform_over_legal_moves():
+    class Stubborn(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([1e4] + [0.0] * 8).expand(len(x), 9)
+    boards = torch.zeros(40_000, 9, dtype=torch.int8)
+    boards[:, 8] = -1
+    _, actions, _ = train.choose_moves(Stubborn(), boards, 1, 0.25, torch.Generator().manual_seed(0))
+    shares = actions.bincount(minlength=9) / len(boards)
+    assert shares[8] == 0 and abs(shares[0] - (0.75 + 0.25 / 8)) < 0.01 and (shares[1:8] - 0.25 / 8).abs().max() < 0.005
+
+
+def test_choose_starts_where_it_should():
+    positions = torch.tensor(POSITIONS, dtype=torch.int8)
+    pool = ["oldest", "middle", "newest"]
+    config = train.Config(games=20_000)
+    generator = torch.Generator().manual_seed(0)
+    opponents = {train.choose(train.Config(games=2), pool, positions, generator)[0] for _ in range(50)}
+    _, starts = train.choose(config, pool, positions, generator)
+    assert opponents == set(pool) and abs((starts == 0).all(dim=1).float().mean() - 0.1) < 0.01
+    assert len(set(map(tuple, starts.tolist()))) > 4000
+    _, starts = train.choose(train.Config(games=100, exploring_starts=0.0), pool, positions, generator)
+    assert not starts.any()
+
+
+FILES = {"best.pt", "last.pt", "config.json", "metrics.csv", "timing.csv", "train.json"}
 
 
 @pytest.mark.parametrize("name", train.BREAKS)
 def test_every_broken_variant_runs_and_leaves_its_files(name, tmp_path):
     assert call(train, "--smoke", "--quiet", "--break", name, "--out", tmp_path / "o").returncode == 0
-    assert {path.name for path in (tmp_path / "o").iterdir()} == {"best.pt", "last.pt", "config.json", "curve.png", "eval.json", "metrics.csv",
-                                                                  "timing.csv", "train.json"}
+    assert {path.name for path in (tmp_path / "o").iterdir()} == FILES
 
 
 def test_one_side_only_learns_only_as_first_player():
     starts = torch.zeros(64, 9, dtype=torch.int8)
-    agent = train.make_agent(8)
-    boards, _, _ = train.play_games(agent["actor"], agent["actor"], starts, train.Config(broken="one-side-only"), torch.Generator().manual_seed(0))
-    assert ((boards != 0).sum(dim=1) % 2 == 0).all()
+    agent, generator = train.make_agent(8), torch.Generator().manual_seed(0)
+    config = train.broken_config(train.Config(broken="one-side-only", games=64))
+    batch = train.play_games(agent["actor"], agent["actor"], starts, config, generator)
+    kept = train.sabotage(batch, config, generator)
+    assert config.exploring_starts == 0 and set(kept) == set(batch) and len(kept["games"]) < len(batch["games"])
+    assert ((kept["boards"] != 0).sum(dim=1) % 2 == 0).all()
+
+
+def test_off_policy_symmetry_turns_board_and_move_together():
+    agent, generator = train.make_agent(8), torch.Generator().manual_seed(0)
+    config = train.broken_config(train.Config(broken="off-policy-symmetry"))
+    batch = train.play_games(agent["actor"], agent["actor"], torch.zeros(64, 9, dtype=torch.int8), config, generator)
+    turned = train.sabotage(batch, config, generator)
+    changed = 0
+    for board, action, new_board, new_action in zip(*(part[name].tolist() for part in (batch, turned) for name in ("boards", "actions"))):
+        changed += board != new_board
+        assert any([board[s] for s in view] == new_board and view[new_action] == action for view in train.VIEWS.tolist())
+    assert config.views == 1 and changed > 0
+
+
+def test_the_other_broken_variants_are_settings():
+    assert train.broken_config(train.Config(broken="latest-opponent-only")).pool == 1
+    config = train.broken_config(train.Config(broken="no-exploring-opponent"))
+    assert config.opponent_random == config.exploring_starts == 0
+    assert train.broken_config(train.Config()) == train.Config()
 
 
 @pytest.mark.parametrize("order", [range(9), (4, 0, 2, 6, 8, 1, 3, 5, 7)])
@@ -254,12 +339,12 @@ def test_the_proof_counts_the_losing_lines_of_players_that_lose(order):
 
 def test_matches_agree_with_the_exact_shares():
     agent = evaluation.load_agent("random")
-    exact = evaluation.against_random(VALUES, evaluation.greedy_table(agent, VALUES))
-    played = evaluation.versus(agent, "random", 4000, VALUES, seed=1)
+    exact = study.against_random(VALUES, evaluation.greedy_table(agent["actor"], VALUES))
+    played = evaluation.versus(agent["actor"], "random", 4000, VALUES, seed=1)
     for shares, side in zip(exact, ("first", "second")):
         for share, key in zip(shares, ("won", "drawn", "lost")):
             assert abs(played[side][key] - share) < 0.04
-    best = evaluation.against_random(VALUES)
+    best = study.against_random(VALUES)
     assert best[0][0] == pytest.approx(0.995, abs=5e-4) and best[1][0] == pytest.approx(0.916, abs=5e-4) and best[0][2] == best[1][2] == 0
 
 
@@ -271,7 +356,7 @@ def test_shipped_agent_has_no_losing_line(tmp_path):
     proof = json.loads((tmp_path / "p.json").read_text())
     for side in ("first", "second"):
         assert proof[side]["lost"] == 0 and proof[side]["worse_than_minimax"] == 0
-    shares = evaluation.against_random(VALUES, evaluation.greedy_table(evaluation.load_agent(str(FOLDER / "weights")), VALUES))
+    shares = study.against_random(VALUES, evaluation.greedy_table(evaluation.load_agent(FOLDER / "weights")["actor"], VALUES))
     assert shares[0][0] >= 0.95 and shares[1][0] >= 0.78 and shares[0][2] == shares[1][2] == 0
 
 
@@ -282,18 +367,165 @@ def test_shipped_agent_never_loses_to(opponent, tmp_path):
     assert result["first"]["lost"] == result["second"]["lost"] == 0 and result["first"]["games"] == 300
 
 
-def test_a_short_training_learns_and_repeats_itself():
-    config = train.Config(updates=60, games=512, prove_every=30)
-    results = [train.train(config, lambda _: None) for _ in range(2)]
-    assert results[0][2] == results[1][2] and all(torch.equal(results[0][0]["best"][n], results[1][0]["best"][n]) for n in results[0][0]["best"])
-    assert results[0][1]["all_positions_worse_than_minimax"] < 0.8 * results[0][2][0]["all_worse"]        # row 0 is the untrained agent
+def rows_of(out):
+    with (out / "metrics.csv").open(encoding="utf8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_short_training_learns_and_repeats_itself(tmp_path):
+    config = train.Config(updates=60, games=512, eval_every=30)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        result = train.train(config, tmp_path / name, lambda _: None)
+    for name in ("metrics.csv", "best.pt", "last.pt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    rows, proof = rows_of(tmp_path / "a"), train.prove(evaluation.load_agent(tmp_path / "a")["actor"], VALUES)
+    assert len(rows) == 61 and [row["update"] for row in rows if row["all_worse"]] == ["0", "30", "60"] and result["updates"] == 60
+    assert proof["all_positions_worse_than_minimax"] < 0.8 * int(rows[0]["all_worse"])        # row 0 is the untrained agent
+
+
+def test_examine_keeps_the_best_weights_and_the_later_one_of_equals(monkeypatch):
+    def proof(lost, worse, anywhere):
+        side = dict(lost=lost, drawn=0, won=0, worse_than_minimax=worse)
+        return dict(first=side, second=side, all_positions_worse_than_minimax=anywhere)
+    agent, state, kept = train.make_agent(2), dict(best=None, best_faults=None), []
+    for found in (proof(5, 0, 0), proof(1, 9, 9), proof(1, 9, 9), proof(1, 9, 10), proof(0, 3, 99), proof(2, 0, 0)):
+        monkeypatch.setattr(train, "prove", lambda actor, values: found)
+        before = state["best"]
+        row = train.examine(agent, VALUES, state)
+        kept.append(state["best"] is not before)
+        assert row["first_lost"] == row["second_lost"] == found["first"]["lost"] and row["all_worse"] == found["all_positions_worse_than_minimax"]
+    assert kept == [True, True, True, False, True, False]
+
+
+def test_describe_finds_the_first_perfect_proof():
+    perfect = dict(first_lost=0, second_lost=0, first_worse_than_minimax=0, second_worse_than_minimax=0, all_worse=9)
+    rows = [dict(update=0) | perfect | dict(second_lost=3), dict(update=1), dict(update=2) | perfect, dict(update=3) | perfect]
+    clock = [dict(update=number, seconds=number, proof_seconds=1.0) for number in range(4)]
+    result = train.describe(dict(update=3, rows=rows, clock=clock))
+    assert result == dict(updates=3, perfect_at=2, perfect_seconds=3, train_seconds=6, proof_seconds=4.0)
+    assert train.describe(dict(update=0, rows=rows[:1], clock=clock[:1]))["perfect_at"] is None
+
+
+# ---- the scripts as used --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a run"                # with a space: printed commands must survive it
+    process = run(TRAIN, "--updates", 12, "--games", 64, "--eval-every", 5, "--out", out)
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+def test_the_trainer_starts_the_eval_on_its_run(short_run):
+    out, process = short_run
+    assert {path.name for path in out.iterdir()} == FILES | {"eval.json", "curve.png"}
+    judged, rows = json.loads((out / "eval.json").read_text()), rows_of(out)
+    assert judged == train.prove(evaluation.load_agent(out)["actor"], VALUES)
+    assert "NOT perfect: " in process.stdout and "of all 4,520" in process.stdout
+    assert len(rows) == 13 and [row["update"] for row in rows if row["first_lost"]] == ["0", "5", "10", "12"]
+    command = shlex.split(process.stdout.split("try to win: ")[1])        # the printed next step works as printed
+    assert subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def test_run_judges_once_more(short_run, tmp_path):
+    shutil.copytree(short_run[0], tmp_path / "copy")
+    judged = (tmp_path / "copy" / "eval.json").read_bytes()
+    (tmp_path / "copy" / "eval.json").unlink()
+    process = call(evaluation, "--run", tmp_path / "copy")
+    assert process.returncode == 0 and "NOT perfect" in process.stdout and (tmp_path / "copy" / "eval.json").read_bytes() == judged
+
+
+def test_alone_the_trainer_says_that_nothing_judges_the_run(tmp_path):
+    shutil.copy(TRAIN, tmp_path)
+    process = run(tmp_path / TRAIN.name, "--updates", 2, "--games", 16, "--out", tmp_path / "out")
+    assert process.returncode == 0 and "nothing judges" in process.stdout and (tmp_path / "out" / "best.pt").exists()
+
+
+def test_flags_win_over_smoke(tmp_path):
+    assert call(train, "--smoke", "--updates", "1", "--out", tmp_path / "out").returncode == 0
+    assert len(rows_of(tmp_path / "out")) == 2 and json.loads((tmp_path / "out" / "config.json").read_text())["games"] == 16
+
+
+def test_trainer_overwrites_nothing(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_one_line_error(call(train, "--out", tmp_path), "not an empty directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_keeps_the_best_weights(tmp_path):
+    process = subprocess.Popen([sys.executable, str(TRAIN), "--games", "16", "--updates", "100000", "--out", str(tmp_path / "out")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r" +100 ", line):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"train.json"}
+    command = shlex.split(errors.split(" with ", 1)[1])           # the printed next step works as printed
+    assert subprocess.run([*command, "--games", "4"], capture_output=True).returncode == 0
+
+
+def test_a_gradient_that_is_not_finite_keeps_what_there_is(tmp_path, monkeypatch):
+    calls = []
+    real = train.actor_critic_loss
+
+    def sometimes(*arguments):
+        calls.append(1)
+        loss, terms = real(*arguments)
+        return loss * (math.nan if len(calls) == 3 else 1.0), terms
+    monkeypatch.setattr(train, "actor_critic_loss", sometimes)
+    assert_one_line_error(call(train, "--quiet", "--games", "16", "--out", tmp_path / "out"), "not finite", "--lr")
+    assert len(rows_of(tmp_path / "out")) == 3 and evaluation.load_agent(tmp_path / "out")
+
+
+def test_latest_passes_over_smoke_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+    assert_one_line_error(call(evaluation, "--weights", "latest"), "no run")
+    for age, name in enumerate(("20260101-000000_seed1", "20260101-000001_seed1", "20260101-000002_seed1_smoke")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "best.pt").write_bytes(b"")
+        os.utime(tmp_path / "runs" / name / "best.pt", (age, age))
+    assert evaluation.newest_run("best.pt").name == "20260101-000001_seed1"
 
 
 def test_gif(tmp_path):
     from PIL import Image
-    assert call(evaluation, "--gif", "--out", tmp_path / "x.gif").returncode == 0
+    process = run(STUDY, "--gif", tmp_path / "x.gif")
+    assert process.returncode == 0, process.stderr
     with Image.open(tmp_path / "x.gif") as picture:
         assert picture.n_frames >= 5
+
+
+def test_the_tables_and_figures_of_the_study(short_run, tmp_path):
+    """On runs that exist already, since 17 trainings are too many for a test."""
+    import matplotlib
+    matplotlib.use("Agg")
+    out, _ = short_run
+    (tmp_path / "as_it_is_0").mkdir()
+
+    class Done:
+        returncode = 0
+
+    def copied(command):
+        shutil.copytree(out, command[command.index("--out") + 1], dirs_exist_ok=True)
+        return Done
+
+    keep, study.subprocess.run = study.subprocess.run, copied
+    try:
+        runs = {("as it is", seed): study.run_of(tmp_path, "as it is", seed) for seed in range(5)}
+        runs |= {(name, seed): study.run_of(tmp_path, name, seed) for name in train.BREAKS for seed in range(3)}
+    finally:
+        study.subprocess.run = keep
+    assert len(study.table_of_seeds(runs, VALUES)) == 9
+    lines = study.table_of_variants(runs, ("as it is", *train.BREAKS), VALUES)
+    assert len(lines) == 7 and {line.count("|") for line in lines} == {6}
+    study.draw_losing_lines(runs, tmp_path / "a.png")
+    study.draw_variants(runs, train.BREAKS, tmp_path / "b.png")
+    study.draw_portrait(evaluation.load_agent(FOLDER / "weights"), VALUES, tmp_path / "c.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png", "c.png"))
 
 
 # ---- a person at the keyboard ---------------------------------------------------------------------------------------
@@ -306,7 +538,7 @@ def agent():
 @pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a pseudo-terminal")
 def test_terminal_play_through_a_pseudo_terminal():
     import pexpect
-    child = pexpect.spawn(sys.executable, [str(EVAL), "--play", "--second"], encoding="utf8", timeout=60)
+    child = pexpect.spawn(sys.executable, [str(PLAY), "--second"], encoding="utf8", timeout=60)
     child.expect("the agent begins")
     child.expect("your move> ")
     marks = lambda: [cell for line in child.before.splitlines() if "|" in line for cell in line.replace(" ", "").split("|")]
@@ -336,7 +568,7 @@ def test_terminal_play_through_a_pseudo_terminal():
 @pytest.mark.parametrize("end", ["q\n", "\x03", "\x04"], ids=["q", "Ctrl-C", "Ctrl-D"])
 def test_leaving_the_terminal_game_is_friendly(end):
     import pexpect
-    child = pexpect.spawn(sys.executable, [str(EVAL), "--play"], encoding="utf8", timeout=60)
+    child = pexpect.spawn(sys.executable, [str(PLAY)], encoding="utf8", timeout=60)
     child.expect("your move> ")
     child.send(end)
     child.expect("Good-bye")
@@ -363,7 +595,7 @@ def test_thousands_of_random_inputs_never_end_in_a_traceback(agent, texts, perso
     keep = builtins.input, builtins.print
     builtins.input, builtins.print = typed, lambda *a, **k: None
     try:
-        evaluation.play_terminal(agent, person_first)
+        playing.play_terminal(agent, person_first)
     finally:
         builtins.input, builtins.print = keep
 
@@ -373,14 +605,14 @@ def test_it_was_five_thousand_inputs():
 
 
 def test_the_move_a_person_meets_is_the_move_that_was_proved(agent):
-    table = evaluation.greedy_table(agent, VALUES)
-    assert all(int(np.argmax(evaluation.opinion(agent, board)[0])) == table[board] for board in POSITIONS)
+    table = evaluation.greedy_table(agent["actor"], VALUES)
+    assert all(int(np.argmax(playing.opinion(agent, board)[0])) == table[board] for board in POSITIONS)
 
 
 @given(st.lists(st.integers(-1, 9), max_size=30), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_a_game_is_legal_whatever_a_person_does_and_is_never_won(agent, keys, person_first):
-    game = evaluation.Game(agent, person_first)
+    game = playing.Game(agent, person_first)
     game.reply()
     for key in keys:
         if game.over():
@@ -398,7 +630,7 @@ def test_the_window_is_clicked_through_without_a_display(agent):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib.backend_bases import KeyEvent, MouseEvent
-    window = evaluation.Window(agent, person_first=True)
+    window = playing.Window(agent, person_first=True)
     window.figure.canvas.draw()
 
     def click(square):
@@ -425,16 +657,22 @@ def test_the_window_is_clicked_through_without_a_display(agent):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--lr", "0"], ["--lr"]), (["--games", "1"], ["--games"]), (["--opponent-random", "2"], ["--opponent-random"]), (["--pool", "0"], ["--pool"]),
-    (["--updates", "0"], ["--updates"]), (["--break", "all"], ["no-mask"]), (["--gmaes", "5"], ["--help"])])
+    (["--updates", "0"], ["--updates"]), (["--break", "all"], ["one-side-only"]), (["--views", "9"], ["--views"]), (["--seed", "-1"], ["--seed"]), (["--gmaes", "5"], ["--help"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--games", "0", "--versus", "random"], ["--first", "--second", "--play"], ["--play", "--gui"], ["--versus", "nobody.pt"],
-                                       ["--json", "no/such/x.json", "--prove"], ["--json", "x.json", "--play"]])
+@pytest.mark.parametrize("arguments", [["--games", "0", "--versus", "random"], ["--prove", "--versus", "weak"], ["--run", "x"], ["--versus", "nobody.pt"],
+                                       ["--json", "no/such/x.json", "--prove"], ["--json", "x.json", "--run", "x"]])
 def test_eval_refuses_bad_values(arguments, tmp_path):
     assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [["--first", "--second"], ["--weights", "nobody.pt"], ["--gui", "--first"]])
+def test_play_refuses_bad_values(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    assert_one_line_error(run(PLAY, *arguments, cwd=tmp_path))
 
 
 class Code:

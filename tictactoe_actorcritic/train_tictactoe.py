@@ -1,36 +1,42 @@
-"""Actor-critic self-play on Tic-Tac-Toe: learn against your own past, then prove that nobody can beat you.
+"""Actor-critic self-play on Tic-Tac-Toe: learn against your own past, then prove that nobody wins.
 
-    python train_tictactoe.py             about a minute; expect: 0 losing lines, 0 moves worse than minimax
-    python train_tictactoe.py --help      every hyperparameter, with the symptom of a wrong value
+    python train_tictactoe.py           about a minute; expect 0 losing lines (nobody can win) and
+                                        0 reachable positions played worse than minimax
+    python train_tictactoe.py --help    every hyperparameter, with the symptom of a wrong value
 
 The algorithm
     repeat
-        draw an opponent from the pool of frozen earlier selves
-        play 4,096 games against it, nine in ten from a random position, the learner to move first in half of
-        them; the opponent blunders now and then                                                               play_games
-        outcome z in {+1, 0, -1} for every move of the learner; A = z - V(s)                   Eq. 2, 3
-        one Adam step on  actor loss + critic loss - entropy bonus                             Eq. 4-6         actor_critic_loss
-        every 25 updates: play out every game that can happen; every 100: add a copy to the pool   Eq. 7       prove
+        sample an opponent from the pool of frozen earlier selves           choose
+        play 4,096 games against it; nine in ten start from a random        play_games
+            position; the learner moves first in half of them; one in ten of the opponent's moves
+            is random; the outcome z of a game goes to all its moves     Eq. 2
+        one Adam step on actor loss + critic loss − entropy bonus        Eq. 6     update
+        every 25 updates: play out every game that can happen            Eq. 7     prove
+        every 100 updates: add a frozen copy of the actor to the pool
 
 The equations (README.md explains them)
-    Eq. 1   π(a|s) = softmax of the logits of the legal moves            an illegal move has probability exactly 0
-    Eq. 2   z_t = outcome of the game for the learner, +1, 0 or −1       the Monte-Carlo return: only the end is rewarded, γ = 1
-    Eq. 3   A_t = z_t − V(s_t)                                           better or worse than the critic expected
-    Eq. 4   L_actor = −mean log π(a_t|s_t)·A_t                           A is data: no gradient into the critic here
+    Eq. 1   π(a|s) = softmax of the logits of the legal moves     an illegal move: exactly 0
+    Eq. 2   z_t = outcome for the learner: +1 won, 0 drawn, −1 lost     the return at γ = 1
+    Eq. 3   A_t = z_t − V(s_t)                         better or worse than the critic expected
+    Eq. 4   L_actor = −mean log π(a_t|s_t)·A_t         A is data: no gradient into the critic here
     Eq. 5   L_critic = ½·mean (V(s_t) − z_t)²
     Eq. 6   L = L_actor + c_v·L_critic − c_e·mean entropy
-    Eq. 7   v(s) = max over legal a of −v(s after a)                     minimax: what is good for the next mover is bad for me
+    Eq. 7   v(s) = max over legal a of −v(s after a)   minimax: what is good for the next mover is
+                                                       bad for me
 
-New since lesson 1 (CartPole): a custom environment; a critic; two players; masked actions; and a proof instead of a win rate.
-Deliberately left out: search, replay, bootstrapping (a game has at most nine moves), --resume (a run takes a minute).
+New since lesson 1 (CartPole): an environment of our own; a critic; two players; masked actions; a
+proof instead of a win rate. Deliberately left out: search, replay, bootstrapping (a game has at
+most nine moves), --resume (a run takes a minute).
 
-Sources: Williams 1992; Sutton & Barto, Reinforcement Learning, 2nd ed., 5.3 (exploring starts) and 13.4: strictly they call this REINFORCE
-with a learnt baseline and reserve "actor-critic" for critics that are bootstrapped from, as the next lesson's is. Shapes: B games or rows, 9 squares numbered 0-8 line by line.
+Sources: Williams 1992; Sutton and Barto, Reinforcement Learning, 2nd ed., 5.3 (exploring starts)
+and 13.4. Strictly, they call this REINFORCE with a learnt baseline. They reserve "actor-critic" for
+critics that are bootstrapped from, as in the next lesson.
+Shapes: B games; M decisions of the learner; n boards; 9 squares, numbered 0-8 line by line.
 Every board is shown from the mover's side: +1 the mover's stones, −1 the other's, 0 empty.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6", "tqdm==4.70.1"]
 # ///
 import argparse
 import copy
@@ -40,6 +46,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -52,50 +60,56 @@ from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-BREAKS = ("no-mask", "latest-opponent-only", "no-exploring-opponent", "one-side-only", "off-policy-symmetry")
+BREAKS = ("latest-opponent-only", "no-exploring-opponent", "one-side-only", "off-policy-symmetry")
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: its default, the text that `--help` shows, and the range of its values (above, low, high)."""
+    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
 class Config:
-    seed: int = hp(1, "seeds the weights, the games and the opponents; same seed, same run", low=0)
+    seed: int = hp(1, "same seed, same run", low=0, high=2**31 - 1)
     updates: int = hp(1500, "gradient steps. Too low: losing lines are left", low=1)
-    games: int = hp(4096, "B, games per update. Too low: a lucky game teaches a bad move. Too high: few updates a minute", low=2, high=1_000_000)
-    lr: float = hp(3e-3, "α, Adam's step size, annealed to 0. Too high: entropy drops at once and mistakes freeze. Too low: losing lines left", above=0)
-    ent_coef: float = hp(0.1, "c_e, entropy bonus, annealed to 0. Too low: stops looking for better moves. Too high: never commits", low=0)
-    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss; it matters only through the joint clipping: Adam ignores a constant factor", low=0)
+    games: int = hp(4096, "B, games per update. Too low: a lucky game teaches a bad move. Too "
+                    "high: few updates a minute", low=2, high=1_000_000)
+    lr: float = hp(3e-3, "α, Adam's step size, falls to 0 during the run. Too high: entropy drops "
+                   "at once and mistakes freeze. Too low: losing lines are left", above=0)
+    ent_coef: float = hp(0.1, "c_e, entropy bonus, falls to 0 during the run. Too low: stops "
+                         "looking for better moves. Too high: never commits", low=0)
+    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss. It matters only through the common "
+                        "gradient norm: Adam ignores a constant factor", low=0)
     max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", above=0)
-    opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare replies never occur. 1: traps beat sound play", low=0, high=1)
-    exploring_starts: float = hp(0.9, "share of games that start from a position drawn from all 4,520. 0: unusual positions stay unlearned", low=0, high=1)
-    pool: int = hp(20, "frozen earlier selves kept as opponents (a default run makes 16, the untrained one included). 1: may go round in circles", low=1)
-    hidden: int = hp(128, "units in each of the two hidden layers. Too low: cannot hold all positions", low=1, high=65536)
+    opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare "
+                                "replies never occur. 1: traps beat sound play", low=0, high=1)
+    exploring_starts: float = hp(0.9, "share of games that start from one of all 4,520 positions. "
+                                 "0: unusual positions stay unlearned", low=0, high=1)
+    views: int = hp(8, "views of a board that the players see at random. 1: only the board as it "
+                    "is, every position is learnt by itself", low=1, high=8)
+    pool: int = hp(20, "frozen earlier selves kept as opponents (a default run makes 16, the "
+                   "untrained one included). 1: may go round in circles", low=1)
+    hidden: int = hp(128, "units in each of the two hidden layers. Too low: cannot hold all "
+                     "positions", low=1, high=65536)
     pool_every: int = hp(100, "updates between additions to the pool", low=1)
-    prove_every: int = hp(25, "updates between proofs", low=1)
-    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
+    eval_every: int = hp(25, "updates between proofs", low=1)
+    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
+                     choices=("", *BREAKS))
 
 
-# ---- the game -------------------------------------------------------------------------------------------------------
+# ---- the game, one at a time ------------------------------------------------------------------
 
-LINES = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7], [2, 5, 8], [0, 4, 8], [2, 4, 6]])
-# The eight ways to look at the same board: four rotations, each also mirrored. Square i of view k is square VIEWS[k, i] of the board.
-SQUARES = torch.arange(9).view(3, 3)
-VIEWS = torch.stack([view.reshape(9) for turns in range(4) for view in (torch.rot90(SQUARES, turns), torch.rot90(SQUARES, turns).T)])   # [8, 9]
-
-
-def has_line(boards):
-    """Whether the +1 stones fill a line. boards [B, 9] -> [B] bool."""
-    return (boards[:, LINES].sum(dim=-1) == 3).any(dim=-1)
+LINES = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8],      # rows            0 1 2
+                      [0, 3, 6], [1, 4, 7], [2, 5, 8],      # columns         3 4 5
+                      [0, 4, 8], [2, 4, 6]])                # diagonals       6 7 8
 
 
 class TicTacToeEnv(gym.Env):
-    """Tic-Tac-Toe as a Gymnasium environment. One step is one ply; whoever is to move sees the board from their own side.
+    """Tic-Tac-Toe as a Gymnasium environment. One step is one ply, the move of one player.
 
-    Observation: [3, 3] int8, +1 the mover's stones, −1 the other's, 0 empty. Action: square 0-8. Reward, for the player who has just
-    moved: +1 for completing a line, −1 for an illegal move (which ends the game), else 0. info["action_mask"]: [9] int8, 1 where legal.
+    Observation: [3, 3] int8 from the side of whoever is to move. Action: square 0-8. Reward, for
+    the player who has just moved: +1 for completing a line, −1 for an illegal move (which ends the
+    game), else 0. info["action_mask"]: [9] int8, 1 where legal.
     """
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}
 
@@ -103,291 +117,465 @@ class TicTacToeEnv(gym.Env):
         self.observation_space = gym.spaces.Box(-1, 1, (3, 3), np.int8)
         self.action_space = gym.spaces.Discrete(9)
         self.render_mode = render_mode
-        self.board, self.plies = np.zeros(9, np.int8), 0          # board from the mover's side
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.board, self.plies = np.zeros(9, np.int8), 0
-        return self.board.reshape(3, 3).copy(), {"action_mask": (self.board == 0).astype(np.int8)}
+        self.board = np.zeros(9, np.int8)             # always from the mover's side
+        self.plies = 0
+        return self.seen()
 
     def step(self, action):
-        assert self.action_space.contains(int(action)), f"squares are numbered 0-8; there is none {action}"
-        reward, terminated = 0.0, True
-        if self.board[action] != 0:
-            reward = -1.0                                         # illegal: the game is lost, the board unchanged
-        else:
-            self.board[action] = 1
-            won = bool(has_line(torch.from_numpy(self.board)[None])[0])
-            reward, terminated = float(won), won or bool((self.board != 0).all())
-            self.board, self.plies = -self.board, self.plies + 1  # the other player's turn, and their view
-        return self.board.reshape(3, 3).copy(), reward, terminated, False, {"action_mask": (self.board == 0).astype(np.int8)}
+        assert self.action_space.contains(int(action)), f"squares are 0-8; there is none {action}"
+        if self.board[action] != 0:                   # illegal: the game is lost, the board stays
+            obs, info = self.seen()
+            return obs, -1.0, True, False, info
+        self.board[action] = 1
+        won = has_line(torch.from_numpy(self.board)[None]).item()
+        full = bool((self.board != 0).all())
+        self.board = -self.board                      # the other player's turn, and their view
+        self.plies += 1
+        obs, info = self.seen()
+        return obs, float(won), won or full, False, info
+
+    def seen(self):
+        """(observation, info) for whoever is to move."""
+        legal = (self.board == 0).astype(np.int8)
+        return self.board.reshape(3, 3).copy(), {"action_mask": legal}
 
     def render(self):
-        marks = self.board * (1 if self.plies % 2 == 0 else -1)   # +1: the first player's stones, whoever is to move
-        if self.render_mode == "ansi":
-            return "\n".join(" ".join(".XO"[mark] for mark in row) for row in marks.reshape(3, 3).tolist())
-        if self.render_mode == "rgb_array":
-            from PIL import Image, ImageDraw
-            image = Image.new("RGB", (300, 300), "white")
-            draw = ImageDraw.Draw(image)
-            for at in (100, 200):
-                draw.line((at, 0, at, 300), fill="black", width=3)
-                draw.line((0, at, 300, at), fill="black", width=3)
-            for square, mark in enumerate(marks.tolist()):
-                x, y = square % 3 * 100, square // 3 * 100
-                if mark == 1:
-                    draw.line((x + 20, y + 20, x + 80, y + 80), fill=(31, 119, 180), width=8)
-                    draw.line((x + 80, y + 20, x + 20, y + 80), fill=(31, 119, 180), width=8)
-                elif mark == -1:
-                    draw.ellipse((x + 18, y + 18, x + 82, y + 82), outline=(214, 39, 40), width=8)
-            return np.array(image)
+        marks = self.board if self.plies % 2 == 0 else -self.board    # +1: the first player's X
+        return drawing(marks, self.render_mode)
 
 
-if "TicTacToe-v0" not in gym.registry:
-    gym.register("TicTacToe-v0", entry_point=TicTacToeEnv)
+def has_line(boards):
+    """Whether the +1 stones fill a line. boards [n, 9] -> [n] bool."""
+    stones = boards[:, LINES].sum(dim=-1)                               # [n, 8] per line
+    return (stones == 3).any(dim=-1)                                    # [n]
 
 
 def outcome_if_over(board):
-    """−1 if the player who moved last has a line (the mover has lost), 0 if the board is full, None if the game goes on.
-    board: tuple of 9 from the mover's side."""
+    """−1 if the player who moved last has a line (the mover has lost), 0 if the board is full, None
+    if the game goes on. board: tuple of 9 from the mover's side."""
     if any(board[a] + board[b] + board[c] == -3 for a, b, c in LINES.tolist()):
         return -1
     return 0 if all(board) else None
 
 
+def legal_squares(board):
+    return [square for square in range(9) if board[square] == 0]
+
+
 def after(board, square):
     """The board after the mover has taken a square, seen by the next mover. Tuples of 9."""
-    return tuple(-mark for mark in board[:square] + (1,) + board[square + 1:])
+    moved = board[:square] + (1,) + board[square + 1:]
+    return tuple(-mark for mark in moved)
 
 
-def minimax_values():
-    """{position: value for the mover under best play} for all 5,478 positions that can occur (Eq. 7)."""
-    values = {}
-
-    def value(board):
-        if board not in values:
-            over = outcome_if_over(board)
-            # Eq. 7
-            values[board] = over if over is not None else max(-value(after(board, a)) for a in range(9) if board[a] == 0)
-        return values[board]
-
-    value((0,) * 9)
-    return values
-
-
-# ---- the networks ---------------------------------------------------------------------------------------------------
+# ---- the networks -----------------------------------------------------------------------------
 
 def make_agent(hidden):
-    """Two separate networks on 18 inputs (my stones, the other's): "actor" -> 9 logits, "critic" -> 1 value."""
+    """Two networks on 18 inputs [n, 18]: "actor" -> logits [n, 9], "critic" -> value [n, 1]."""
     def network(outputs):
-        return nn.Sequential(nn.Linear(18, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+        return nn.Sequential(nn.Linear(18, hidden), nn.ReLU(),
+                             nn.Linear(hidden, hidden), nn.ReLU(),
+                             nn.Linear(hidden, outputs))
     return nn.ModuleDict(dict(actor=network(9), critic=network(1)))
 
 
 def encode(boards):
-    """[B, 9] of −1, 0, +1 -> [B, 18] of 0 and 1: where are my stones, where are the other's?"""
+    """[n, 9] of −1, 0, +1 -> [n, 18] of 0 and 1: where are my stones, where are the other's?"""
     return torch.cat([boards == 1, boards == -1], dim=-1).float()
 
 
 def legal_logits(actor, boards):
-    """[B, 9] logits with −inf on taken squares, so that softmax gives them exactly 0 (Eq. 1)."""
+    """[n, 9] logits with −inf on taken squares, so that softmax gives them exactly 0 (Eq. 1)."""
     return actor(encode(boards)).masked_fill(boards != 0, -math.inf)
 
 
-# ---- the mathematics: tensors in, tensors out -----------------------------------------------------------------------
+# ---- the mathematics: tensors in, tensors out -------------------------------------------------
 
 def actor_critic_loss(logits, actions, outcomes, values, vf_coef, ent_coef):
-    """Actor-critic with Monte-Carlo returns (Eq. 3-6).
+    """Actor-critic with Monte-Carlo returns (Eq. 3-6). Returns (loss, what to watch).
 
-    logits [B, 9], −inf where illegal, with gradient; actions [B]; outcomes z [B] in {−1, 0, +1}; values [B] with gradient.
-    Returns (loss, dictionary of diagnostics); all means over the B moves.
-    Example: two legal moves of probability ½, one row, z = 1, V = 0: L_actor = log 2, its gradient raises the chosen logit by ½.
+    logits [M, 9], −inf where illegal, with gradient; actions [M]; outcomes z [M] in {−1, 0, +1};
+    values [M] with gradient. All means are over the M decisions.
+    Example: two legal moves of probability ½, one row, z = 1, V = 0: L_actor = log 2, and descent
+    raises the logit of the chosen move by ½ per unit of step size.
     """
-    logprobs_all = torch.log_softmax(logits, dim=-1)                                                # [B, 9]
-    logprobs = logprobs_all.gather(1, actions[:, None]).squeeze(1)                                  # [B]
-    # Eq. 3  detached: the actor's loss must not teach the critic to be wrong in the actor's favour
-    advantages = outcomes - values.detach()                                                         # [B]
-    # Eq. 4  minus sign because the optimiser descends
+    all_logprobs = torch.log_softmax(logits, dim=-1)                    # [M, 9]
+    logprobs = all_logprobs.gather(1, actions[:, None]).squeeze(1)      # [M]
+    # Eq. 3  V detached: the actor's loss must not teach the critic to be wrong in its favour
+    advantages = outcomes - values.detach()                             # [M]
+    # Eq. 4  minus sign because the optimizer descends
     actor_loss = -(logprobs * advantages).mean()
     # Eq. 5
     critic_loss = 0.5 * (values - outcomes).square().mean()
-    # p·log p with p = 0 on illegal squares would be 0·(−inf) = NaN: there the logarithm is set to 0
-    entropy = -(logprobs_all.exp() * logprobs_all.masked_fill(logits == -math.inf, 0)).sum(dim=-1).mean()     # nats
+    # p·log p at p = 0 would be 0·(−inf), which is not a number: there the logarithm is set to 0
+    finite = all_logprobs.masked_fill(logits == -math.inf, 0)           # [M, 9]
+    entropy = -(all_logprobs.exp() * finite).sum(dim=-1).mean()         # nats
     # Eq. 6
     loss = actor_loss + vf_coef * critic_loss - ent_coef * entropy
-    return loss, dict(actor_loss=actor_loss.item(), critic_loss=critic_loss.item(), entropy=entropy.item())
+    return loss, dict(actor_loss=actor_loss.item(), critic_loss=critic_loss.item(),
+                      entropy=entropy.item())
 
 
 def sample(logits, generator):
-    """One action per row from softmax(logits), by Gumbel-max as in lesson 1. [B, 9] -> [B]"""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(dim=-1)
+    """One action per row from softmax(logits), by Gumbel-max as in lesson 1. [n, 9] -> [n]"""
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()    # [n, 9]
+    return (logits + noise).argmax(dim=-1)
 
 
-# ---- play, prove ----------------------------------------------------------------------------------------------------
+# ---- playing thousands of games at once -------------------------------------------------------
+
+# The eight ways to look at a board: four rotations, each also mirrored. Square i of view k is
+# square VIEWS[k, i] of the board; view 0 is the board as it is. VIEWS [8, 9].
+ROTATIONS = [torch.rot90(torch.arange(9).view(3, 3), turns) for turns in range(4)]
+VIEWS = torch.stack([view.reshape(9) for turned in ROTATIONS for view in (turned, turned.T)])
+
 
 def play_games(actor, opponent, starts, config, generator):
-    """Plays one game from each start against the opponent. The learner moves at even steps in the first half of the games and at
-    odd steps in the second half: it plays both sides equally often.
+    """Plays one game from each start, all side by side, ply by ply.
 
-    starts [B, 9] int8, from the mover's side, not over. Returns (boards, actions, outcomes): the learner's decisions as it saw
-    them [M, 9], [M], and how each one's game ended for the learner [M] in {−1, 0, +1}.
+    starts [B, 9] int8 from the mover's side, not over. Returns what the learner decided, M times in
+    all: a dictionary of boards [M, 9] as it saw them, actions [M] as it named them, games [M] (the
+    number of the game) and outcomes [M] (how that game ended for it).
+
+        who is to move     ply 0      ply 1      ply 2     …    the learner plays both sides
+        games 0 … B/2−1    learner    opponent   learner        equally often; a game that is over
+        games B/2 … B−1    opponent   learner    opponent       just waits for the others
     """
     B = len(starts)
-    half = B // 2
-    boards, alive, result = starts.clone(), torch.ones(B, dtype=torch.bool), torch.zeros(B)
-    everyone, rows, seen, chosen = torch.arange(B), [], [], []
-    step = 0
-    with torch.inference_mode():
-        while alive.any():
-            learners_turn = everyone < half if step % 2 == 0 else everyone >= half                  # [B]
-            squares = torch.zeros(B, dtype=torch.long)
-            for learning, who in ((True, actor), (False, opponent)):
-                at = (alive & (learners_turn if learning else ~learners_turn)).nonzero().squeeze(1) # [n] games in which `who` is to move
-                # Everyone looks at the board in a random one of its eight views, decides there, and maps the square back. The
-                # decision IS a sample of π in that view, so the data stay on-policy, and every position is practised in all views.
-                views = VIEWS[torch.randint(8, (len(at),), generator=generator)]                    # [n, 9]
-                if config.broken == "off-policy-symmetry":
-                    views = VIEWS[:1].expand(len(at), 9)
-                view = boards[at].gather(1, views)                                                  # [n, 9]
-                logits = legal_logits(who, view) if config.broken != "no-mask" else who(encode(view))
-                if not learning and config.broken != "no-exploring-opponent":
-                    blunder = torch.rand(len(at), generator=generator) < config.opponent_random     # [n]
-                    logits = torch.where(blunder[:, None], torch.zeros(9).masked_fill(view != 0, -math.inf), logits)
-                action = sample(logits, generator)                                                  # [n]
-                squares[at] = views.gather(1, action[:, None]).squeeze(1)
-                if learning:
-                    keep = at < (half if config.broken == "one-side-only" else B)       # BREAK: nothing is learnt from the second half
-                    rows.append(at[keep]), seen.append(view[keep]), chosen.append(action[keep])
-            at = alive.nonzero().squeeze(1)
-            legal = boards[at].gather(1, squares[at, None]).squeeze(1) == 0                         # [n] all true with the mask
-            moved = boards[at].scatter(1, squares[at, None], 1)                                     # [n, 9]
-            won = has_line(moved) & legal
-            result[at] += torch.where(learners_turn[at], 1.0, -1.0) * (won.float() - (~legal).float())
-            boards[at] = -moved                                   # now from the other player's side
-            alive[at] = legal & ~won & ~(moved != 0).all(dim=-1)
-            step += 1
-    rows = torch.cat(rows)
-    # Eq. 2  the outcome belongs to every move of the game, the early ones too
-    return torch.cat(seen).clone(), torch.cat(chosen).clone(), result[rows]
+    boards = starts.clone()                                             # [B, 9]
+    alive = torch.ones(B, dtype=torch.bool)                             # [B]
+    outcomes = torch.zeros(B)                                           # [B] for the learner
+    learners_turn = torch.arange(B) < B // 2                            # [B]
+    decisions = []
+    while alive.any():
+        # The learner moves where it is to move, and each of its decisions is kept
+        mine = (alive & learners_turn).nonzero().squeeze(1)             # [n] numbers of games
+        seen, actions, squares = choose_moves(actor, boards[mine], config.views, 0.0, generator)
+        decisions.append(dict(boards=seen, actions=actions, games=mine))
+        # The opponent moves in the other games. It blunders now and then, and it learns nothing
+        theirs = (alive & ~learners_turn).nonzero().squeeze(1)          # [n] numbers of games
+        _, _, replies = choose_moves(opponent, boards[theirs], config.views,
+                                     config.opponent_random, generator)
+        won, over = make_moves(boards, mine, squares)                   # [n], [n]
+        outcomes[mine] += won.float()
+        alive[mine] = ~over
+        lost, over = make_moves(boards, theirs, replies)                # [n], [n]
+        outcomes[theirs] -= lost.float()
+        alive[theirs] = ~over
+        learners_turn = ~learners_turn
+    batch = {name: torch.cat([decision[name] for decision in decisions])
+             for name in ("boards", "actions", "games")}                # [M, 9], [M], [M]
+    # Eq. 2  the outcome belongs to every decision of its game, the early ones too
+    batch["outcomes"] = outcomes[batch["games"]]                        # [M]
+    return batch
+
+
+@torch.no_grad()      # acting needs no gradient: update() computes log π once more
+def choose_moves(actor, boards, views, blunders, generator):
+    """One sampled move per board [n, 9]. Returns (seen [n, 9], actions [n], squares [n]).
+
+    A player sees its board in a random view, decides there, and the square is mapped back. With
+    VIEWS[2], for example, where X is the mover and the player decides for its action 7:
+
+        the board     squares of    what the       its action,     the square that it takes:
+                      the view      player sees    7 in its view   VIEWS[2, 7] = 3
+         X O .         2 5 8         . . .          . . .           X O .
+         . . .         1 4 7         O . .          O . .           X . .
+         . . .         0 3 6         X . .          X X .           . . .
+
+    The action IS a sample of π(·|what the player sees), so what we store is on-policy, and over
+    many games every position is practised in all views. blunders: share of uniformly random moves.
+    """
+    n = len(boards)
+    view = VIEWS[torch.randint(views, (n,), generator=generator)]       # [n, 9]
+    seen = boards.gather(1, view)                                       # [n, 9]
+    logits = legal_logits(actor, seen)                                  # [n, 9]
+    if blunders > 0:
+        blunder = torch.rand(n, generator=generator) < blunders         # [n]
+        uniform = torch.zeros(n, 9).masked_fill(seen != 0, -math.inf)   # [n, 9] any legal move
+        logits = torch.where(blunder[:, None], uniform, logits)         # [n, 9]
+    actions = sample(logits, generator)                                 # [n]
+    squares = view.gather(1, actions[:, None]).squeeze(1)               # [n]
+    return seen, actions, squares
+
+
+def make_moves(boards, games, squares):
+    """Makes one move in each of some games; boards [B, 9] changes in place.
+
+    games [n] are their numbers, squares [n] the moves. Returns (won by this move, over), [n] each.
+    """
+    moved = boards[games].scatter(1, squares[:, None], 1)               # [n, 9]
+    won = has_line(moved)                                               # [n]
+    full = (moved != 0).all(dim=-1)                                     # [n]
+    boards[games] = -moved            # from now on the other player's side
+    return won, won | full
+
+
+# ---- one update -------------------------------------------------------------------------------
+
+def choose(config, pool, positions, generator):
+    """(the opponent, where the games start [B, 9]) of one update."""
+    opponent = pool[torch.randint(len(pool), (1,), generator=generator).item()]
+    starts = torch.zeros(config.games, 9, dtype=torch.int8)             # [B, 9] the empty board
+    exploring = torch.rand(config.games, generator=generator) < config.exploring_starts    # [B]
+    chosen = torch.randint(len(positions), (int(exploring.sum()),), generator=generator)
+    starts[exploring] = positions[chosen]
+    return opponent, starts
+
+
+def update(agent, optimizer, batch, config, share_left, generator):
+    """One gradient step on the decisions of one batch of games. Returns what to watch.
+
+    share_left falls from 1 to 0 during the run: large steps and much trying first, small and sure
+    steps at the end.
+    """
+    if config.broken:
+        batch = sabotage(batch, config, generator)                      # BREAK
+    optimizer.param_groups[0]["lr"] = config.lr * share_left
+    boards, outcomes = batch["boards"], batch["outcomes"]
+    logits = legal_logits(agent["actor"], boards)                       # [M, 9]
+    values = agent["critic"](encode(boards)).squeeze(-1)                # [M]
+    loss, terms = actor_critic_loss(logits, batch["actions"], outcomes, values, config.vf_coef,
+                                    config.ent_coef * share_left)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+    if not torch.isfinite(grad_norm):                 # before it can touch the weights
+        raise FloatingPointError("the gradient is not finite")
+    optimizer.step()
+    # The mean outcome is no measure of success: a weak opponent makes it high
+    return dict(outcome=outcomes.mean().item(), moves=len(outcomes), **terms,
+                grad_norm=grad_norm.item())
+
+
+def sabotage(batch, config, generator):
+    """What --break does to a batch; broken_config holds the breaks that only change settings."""
+    if config.broken == "one-side-only":              # nothing is learnt from moving second
+        kept = batch["games"] < config.games // 2                       # [M]
+        batch = {name: values[kept] for name, values in batch.items()}
+    if config.broken == "off-policy-symmetry":        # π never chose this move in this view
+        view = VIEWS[torch.randint(8, batch["actions"].shape, generator=generator)]    # [M, 9]
+        turned = view == batch["actions"][:, None]                      # [M, 9] where is it now?
+        batch = batch | dict(boards=batch["boards"].gather(1, view),
+                             actions=turned.int().argmax(dim=-1))
+    return batch
+
+
+def broken_config(config):
+    """What --break does to the settings: the breaks that need no line of their own."""
+    if config.broken == "latest-opponent-only":       # yesterday's answers are forgotten
+        return replace(config, pool=1)
+    if config.broken == "no-exploring-opponent":      # nobody leaves the beaten path on purpose
+        return replace(config, opponent_random=0.0, exploring_starts=0.0)
+    if config.broken == "one-side-only":              # a random start would show the other side
+        return replace(config, exploring_starts=0.0)
+    if config.broken == "off-policy-symmetry":        # games are played in one view
+        return replace(config, views=1)
+    return config
+
+
+# ---- the proof --------------------------------------------------------------------------------
+
+def minimax(board, values):
+    """Value of a position for the mover under best play (Eq. 7). Fills the dictionary `values`."""
+    if board not in values:
+        value = outcome_if_over(board)
+        if value is None:
+            # Eq. 7  a good position for the next mover is a bad one for me: the sign changes
+            value = max(-minimax(after(board, square), values) for square in legal_squares(board))
+        values[board] = value
+    return values[board]
+
+
+def minimax_values():
+    """{position: value} for all 5,478 positions that can occur."""
+    values = {}
+    minimax((0,) * 9, values)
+    return values
+
+
+def open_positions(values):
+    """The 4,520 positions in which the game goes on."""
+    return [board for board in values if outcome_if_over(board) is None]
+
+
+@torch.no_grad()
+def greedy_table(actor, values):
+    """{position: the actor's most probable square} for all 4,520 positions."""
+    positions = open_positions(values)
+    boards = torch.tensor(positions, dtype=torch.int8)                  # [4520, 9]
+    squares = legal_logits(actor, boards).argmax(dim=-1)                # [4520]
+    return dict(zip(positions, squares.tolist()))
+
+
+def play_out(board, my_turn, table, counts, visited):
+    """Plays out every game from a board: one move for the agent, every reply for the opponent."""
+    over = outcome_if_over(board)
+    if over == 0:
+        counts["drawn"] += 1
+    elif over == -1:                                  # whoever is to move has lost
+        counts["lost" if my_turn else "won"] += 1
+    elif my_turn:
+        visited.add(board)
+        play_out(after(board, table[board]), False, table, counts, visited)
+    else:
+        for square in legal_squares(board):
+            play_out(after(board, square), True, table, counts, visited)
 
 
 def prove(actor, values):
-    """Follows the greedy policy through every reply the opponent can make, as first and as second player.
+    """Follows the greedy policy through every reply, as first and as second player.
 
-    values: minimax_values(). Returns {"first": …, "second": …, "all_positions_worse_than_minimax": n}; each side has the number of
-    complete games `lost`, `drawn`, `won`, and `worse_than_minimax`: reachable positions in which the greedy move gives something away.
+    values: minimax_values(). Returns {"first": …, "second": …, "all_positions_worse_than_minimax":
+    n}. Each side has the number of complete games `lost`, `drawn`, `won`, and `worse_than_minimax`:
+    positions that can occur against this policy, in which its move gives something away.
     """
-    positions = [board for board in values if outcome_if_over(board) is None]                       # 4,520
-    with torch.no_grad():
-        greedy = legal_logits(actor, torch.tensor(positions, dtype=torch.int8)).argmax(dim=-1).tolist()
-    move = dict(zip(positions, greedy))
-    worse = {board for board in positions if -values[after(board, move[board])] < values[board]}
-    result = {}
-
-    def follow(board, mine, counts, visited):
-        over = outcome_if_over(board)
-        if over is not None:
-            counts["drawn" if over == 0 else "lost" if mine else "won"] += 1
-        elif mine:
-            visited.add(board)
-            follow(after(board, move[board]), False, counts, visited)
-        else:
-            for square in range(9):
-                if board[square] == 0:
-                    follow(after(board, square), True, counts, visited)
-
-    for name, mine in (("first", True), ("second", False)):
-        counts, visited = dict(lost=0, drawn=0, won=0), set()
-        follow((0,) * 9, mine, counts, visited)
-        result[name] = counts | dict(worse_than_minimax=len(visited & worse))
-    return result | dict(all_positions_worse_than_minimax=len(worse))
+    table = greedy_table(actor, values)
+    worse = {board for board, square in table.items()
+             if -values[after(board, square)] < values[board]}
+    proof = {}
+    for side in ("first", "second"):
+        counts = dict(lost=0, drawn=0, won=0)
+        visited = set()
+        play_out((0,) * 9, side == "first", table, counts, visited)
+        proof[side] = counts | dict(worse_than_minimax=len(visited & worse))
+    return proof | dict(all_positions_worse_than_minimax=len(worse))
 
 
-def faults(proof):
-    """What the best weights have least of: lost lines, then reachable errors, then errors anywhere."""
-    return (proof["first"]["lost"] + proof["second"]["lost"], proof["first"]["worse_than_minimax"] + proof["second"]["worse_than_minimax"],
-            proof["all_positions_worse_than_minimax"])
+# ---- the training loop ------------------------------------------------------------------------
 
+def train(config, out, log=print, bar=False):
+    """Trains for config.updates. Writes into the directory `out`. Returns figures for train.json.
 
-# ---- the training loop ----------------------------------------------------------------------------------------------
-
-def train(config, log=print, bar=False):
-    """Returns (state_dicts of the best and the last agent, result, rows for metrics.csv, rows for timing.csv)."""
+    The weights kept as best.pt are those with the best proof. A proof takes some hundredths of a
+    second, as an update does.
+    """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     agent = make_agent(config.hidden)
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, fused=True)
-    # The values serve the proof and the choice of the best weights, never the gradient; the keys list the exploring starts.
+    # The values serve the proof and the choice of the best weights. No gradient sees them
     values = minimax_values()
-    positions = torch.tensor([board for board in values if outcome_if_over(board) is None], dtype=torch.int8)      # [4520, 9]
+    positions = torch.tensor(open_positions(values), dtype=torch.int8)  # [4520, 9]
     pool = [copy.deepcopy(agent["actor"])]
-    best, best_state, metrics, timing, seconds, proof_seconds, perfect_at = None, None, [], [], 0.0, 0.0, None
-    log(f"{'update':>6} {'outcome':>7} {'entropy':>7} {'critic':>7}   {'first: lost drawn won worse':>30}   {'second: lost drawn won worse':>30} {'of 4520':>8} {'time':>6}")
-    interrupted = False
-    before = prove(agent["actor"], values)                        # row 0: the untrained agent
-    metrics.append(dict(update=0) | {f"{side}_{key}": count for side in ("first", "second") for key, count in before[side].items()}
-                   | dict(all_worse=before["all_positions_worse_than_minimax"]))
-    timing.append(dict(update=0, train_seconds=0.0, proof_seconds=0.0))
-    log(f"untrained: {before['first']['lost']} + {before['second']['lost']} losing lines, {before['all_positions_worse_than_minimax']} of 4,520 worse than minimax")
+    state = dict(update=0, best=None, best_faults=None, rows=[], clock=[])
+    log(table_line())
     try:
+        state["rows"].append(dict(update=0) | examine(agent, values, state))    # untrained
+        state["clock"].append(dict(update=0, seconds=0.0, proof_seconds=0.0))
+        log(table_line(state["rows"][0]))
         for number in tqdm(range(1, config.updates + 1), disable=not bar, unit="update"):
             start = time.perf_counter()
-            left = 1 - (number - 1) / config.updates              # annealing: 1 at the start, 0 at the end
-            optimizer.param_groups[0]["lr"] = config.lr * left
-            opponent = pool[torch.randint(len(pool), (1,), generator=generator).item()]
-            if config.broken == "latest-opponent-only":
-                opponent = pool[-1]                               # BREAK: yesterday's answers are forgotten
-            starts = torch.zeros(config.games, 9, dtype=torch.int8)
-            # BREAK: nobody leaves the beaten path (no-exploring-opponent); no glimpse of the other side either (one-side-only)
-            share = 0.0 if config.broken in ("no-exploring-opponent", "one-side-only") else config.exploring_starts
-            somewhere = torch.rand(config.games, generator=generator) < share
-            starts[somewhere] = positions[torch.randint(len(positions), (int(somewhere.sum()),), generator=generator)]
-            boards, actions, outcomes = play_games(agent["actor"], opponent, starts, config, generator)
-            if config.broken == "off-policy-symmetry":            # BREAK: the stored move is turned, but π never chose it in that view
-                views = VIEWS[torch.randint(8, (len(boards),), generator=generator)]
-                actions = (views == actions[:, None]).int().argmax(dim=-1)
-                boards = boards.gather(1, views)
-            logits = legal_logits(agent["actor"], boards) if config.broken != "no-mask" else agent["actor"](encode(boards))   # BREAK
-            loss, diagnostics = actor_critic_loss(logits, actions, outcomes, agent["critic"](encode(boards)).squeeze(-1), config.vf_coef,
-                                                  config.ent_coef * left)
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
-            if not torch.isfinite(grad_norm):
-                fail(f"the loss or its gradient is not finite in update {number}; try a lower --lr and another --out. No weights were written")
-            optimizer.step()
-            seconds += time.perf_counter() - start
+            share_left = 1 - (number - 1) / config.updates
+            opponent, starts = choose(config, pool, positions, generator)
+            batch = play_games(agent["actor"], opponent, starts, config, generator)
+            terms = update(agent, optimizer, batch, config, share_left, generator)
+            row = dict(update=number) | terms
             if number % config.pool_every == 0:
-                pool = (pool + [copy.deepcopy(agent["actor"])])[-config.pool:]
-            row = dict(update=number, outcome=outcomes.mean().item(), moves=len(outcomes), **diagnostics, grad_norm=grad_norm.item())
-            if number % config.prove_every == 0 or number == config.updates:
-                start = time.perf_counter()
-                proof = prove(agent["actor"], values)
-                if best is None or faults(proof) <= best:         # the later one of equals: it has seen more games
-                    best, best_state = faults(proof), copy.deepcopy(agent.state_dict())
-                if faults(proof)[:2] == (0, 0) and perfect_at is None:
-                    perfect_at = [number, seconds]
-                proof_seconds += time.perf_counter() - start
-                row |= {f"{side}_{key}": count for side in ("first", "second") for key, count in proof[side].items()}
-                row |= dict(all_worse=proof["all_positions_worse_than_minimax"])
-                show = lambda side: " ".join(f"{count:5d}" for count in proof[side].values())
-                if number % (4 * config.prove_every) == 0 or number == config.updates:
-                    log(f"{number:6d} {row['outcome']:7.3f} {row['entropy']:7.3f} {row['critic_loss']:7.3f}   {show('first'):>30}   {show('second'):>30} "
-                        f"{row['all_worse']:8d} {seconds:5.0f}s")
-            metrics.append(row)
-            timing.append(dict(update=number, train_seconds=seconds, proof_seconds=proof_seconds))
-    except KeyboardInterrupt:
-        interrupted = True
-    if best_state is None:
-        fail("interrupted before the first proof: there are no weights to keep")
-    last_state = copy.deepcopy(agent.state_dict())
-    agent.load_state_dict(best_state)
-    result = prove(agent["actor"], values) | dict(perfect_at=perfect_at, interrupted=interrupted, updates=len(metrics) - 1, train_seconds=seconds,
-                                                  proof_seconds=proof_seconds)
-    return dict(best=best_state, last=last_state), result, metrics, timing
+                pool.append(copy.deepcopy(agent["actor"]))
+                pool = pool[-config.pool:]
+            learnt = time.perf_counter()
+            if number % config.eval_every == 0 or number == config.updates:
+                row |= examine(agent, values, state)
+            state["update"] = number
+            state["rows"].append(row)
+            state["clock"].append(dict(update=number, seconds=learnt - start,
+                                       proof_seconds=time.perf_counter() - learnt))
+            if number % 100 == 0 or number == config.updates:
+                log(table_line(row | state["clock"][-1], left=config.updates - number))
+    finally:                          # after Ctrl-C or an error too: the best weights so far stay
+        save_run(out, agent, state)
+    return describe(state)
 
 
-# ---- files, plot, command line --------------------------------------------------------------------------------------
+def examine(agent, values, state):
+    """Proves the agent and keeps its weights if they are the best so far. Returns figures."""
+    proof = prove(agent["actor"], values)
+    if state["best"] is None or faults(proof) <= state["best_faults"]:
+        # The later one of equals: it has seen more games
+        state["best"] = copy.deepcopy(agent.state_dict())
+        state["best_faults"] = faults(proof)
+    row = {f"{side}_{key}": count for side in ("first", "second")
+           for key, count in proof[side].items()}
+    return row | dict(all_worse=proof["all_positions_worse_than_minimax"])
+
+
+def faults(proof):
+    """(lost lines, errors that can occur, errors anywhere); the best weights have least, the first
+    number deciding, then the second, then the third."""
+    first, second = proof["first"], proof["second"]
+    return (first["lost"] + second["lost"],
+            first["worse_than_minimax"] + second["worse_than_minimax"],
+            proof["all_positions_worse_than_minimax"])
+
+
+# ==== The first reading ends here: what follows turns the algorithm into a program (files, checks,
+# ==== command line). Nothing below changes what is learnt. =======================================
+
+# ---- what the console and the files show ------------------------------------------------------
+
+# (key in the row, heading, format); a row may lack a key
+COLUMNS = (("update", "update", "d"), ("outcome", "outcome", ".3f"), ("entropy", "entropy", ".3f"),
+           ("critic_loss", "critic", ".3f"), ("grad_norm", "gradient", ".2f"),
+           ("first_lost", "lost 1st", "d"), ("second_lost", "lost 2nd", "d"),
+           ("first_worse_than_minimax", "bad 1st", "d"),
+           ("second_worse_than_minimax", "bad 2nd", "d"), ("all_worse", "of 4,520", "d"),
+           ("seconds", "seconds", ".3f"), ("left", "left", "s"))
+
+
+def table_line(row=None, left=None):
+    """One line of the console's table: the headings, or a row with the time that is left."""
+    if row is None:
+        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+    if left is not None:
+        row = row | dict(left=f"{left * row['seconds']:.0f} s")
+    cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
+    return " ".join(f"{cell:>8}" for cell in cells)
+
+
+def describe(state):
+    """Figures of a run: when it was perfect for the first time, and how long everything took."""
+    errors = ("first_lost", "second_lost", "first_worse_than_minimax", "second_worse_than_minimax")
+    perfect = [row["update"] for row in state["rows"]
+               if "all_worse" in row and not any(row[key] for key in errors)]
+    perfect_at = perfect[0] if perfect else None
+    until = perfect_at or 0
+    clock = state["clock"]
+    return dict(updates=state["update"], perfect_at=perfect_at,
+                perfect_seconds=sum(row["seconds"] for row in clock if row["update"] <= until),
+                train_seconds=sum(row["seconds"] for row in clock),
+                proof_seconds=sum(row["proof_seconds"] for row in clock))
+
+
+if "TicTacToe-v0" not in gym.registry:                # for gym.make("TicTacToe-v0")
+    gym.register("TicTacToe-v0", entry_point=TicTacToeEnv)
+
+
+def drawing(marks, mode):
+    """A board [9], +1 for X and −1 for O, as text ("ansi") or as a picture [300, 300, 3]."""
+    if mode == "ansi":
+        rows = marks.reshape(3, 3).tolist()
+        return "\n".join(" ".join(".XO"[mark] for mark in row) for row in rows)
+    if mode != "rgb_array":
+        return None
+    y, x = np.mgrid[-50:50, -50:50]                                     # [100, 100] of one square
+    border = (abs(x) > 48) | (abs(y) > 48)
+    cross = (abs(abs(x) - abs(y)) < 6) & (abs(x) < 32)
+    circle = abs(np.hypot(x, y) - 30) < 4
+    picture = np.full((300, 300, 3), 255, np.uint8)
+    for square, mark in enumerate(marks.tolist()):
+        row, column = divmod(square, 3)
+        part = picture[100 * row:100 * row + 100, 100 * column:100 * column + 100]
+        part[border] = 0
+        if mark == 1:
+            part[cross] = (31, 119, 180)
+        if mark == -1:
+            part[circle] = (214, 39, 40)
+    return picture
+
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
@@ -396,124 +584,172 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
 
 
-def csv_text(rows):
+def write_table(path, rows):
+    """Rows as CSV, six significant digits; a row may lack columns that others have."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
-    return text.getvalue()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                         for name, value in row.items()})
+    write(path, text.getvalue())
 
 
-def plot_curve(path, metrics, config):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    proofs = [row for row in metrics if "all_worse" in row]
-    updates = [row["update"] for row in proofs]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=[2, 1], layout="constrained")
-    for side, colour in (("first", "C0"), ("second", "C1")):
-        top.plot(updates, [row[f"{side}_lost"] for row in proofs], color=colour, marker=".", label=f"losing lines as {side} player")
-    top.plot(updates, [row["all_worse"] for row in proofs], color="C3", marker=".", alpha=0.6, label="positions of 4,520 played worse than minimax")
-    top.set_yscale("symlog", linthresh=1)
-    top.axhline(0, color="C2", linestyle="--", label="target: 0")
-    top.set(ylabel="count", ylim=(-0.3, None), title=f"Tic-Tac-Toe by self-play, seed {config.seed}" +
-            (f"   BROKEN: {config.broken}" if config.broken else ""))
-    top.legend(fontsize=8)
-    for key, colour in (("entropy", "C5"), ("critic_loss", "C4")):
-        series = np.array([row[key] for row in metrics[1:]])
-        bottom.plot(range(1, len(series) + 1), series, color=colour, alpha=0.25)
-        bottom.plot(updates[1:], [series[max(0, update - 100):update].mean() for update in updates[1:]], color=colour, linewidth=2, label=key)
-    bottom.set(xlabel="updates", ylim=(0, None))
-    bottom.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    plt.close(figure)
-    write(path, picture.getvalue())
+def save(path, weights):
+    """A dictionary of tensors as a file."""
+    content = io.BytesIO()
+    torch.save(weights, content)
+    write(path, content.getvalue())
+
+
+def save_run(out, agent, state):
+    """Weights and tables of the updates that are complete."""
+    if state["rows"]:
+        save(out / "best.pt", state["best"])
+        save(out / "last.pt", agent.state_dict())
+        write_table(out / "metrics.csv", state["rows"])
+        write_table(out / "timing.csv", state["clock"])
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+def flag_of(f):
+    return f.metadata.get("flag", "--" + f.name.replace("_", "-"))
 
 
 def check(config):
+    """Ends with an error where a value is of the wrong type or out of its range."""
     for f in fields(Config):
         value, rule = getattr(config, f.name), f.metadata
-        if f.type is not str and not (rule.get("above", -math.inf) < value < math.inf and rule.get("low", value) <= value <= rule.get("high", value)):
-            words = [f"{word} {rule[key]:,}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most")) if key in rule]
-            fail(f"--{f.name.replace('_', '-')} must be {' and '.join(words)}, not {value}")
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
+        if value not in rule.get("choices", (value,)):
+            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
+            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+        if f.type in (int, float):
+            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
+            high = rule.get("high", math.inf)
+            if not (low <= value <= high and above < value < math.inf):
+                words = dict(above="above", low="at least", high="at most")
+                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
+                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
 
 
 def parse_args():
+    """(flags of Config that were given, all other arguments)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
+    algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        parser.add_argument(f.metadata.get("flag", "--" + f.name.replace("_", "-")), dest=f.name, type=f.type, default=f.default,
-                            choices=f.metadata.get("choices"), metavar=f.type.__name__.upper() if f.default != "" else "NAME",
-                            help=f.metadata["help"] + (f" (default {f.default})" if f.default != "" else ""))
-    parser.add_argument("--out", type=Path, help="directory of this run (default: runs/<time>_seed<k> beside the script)")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="the CPU: the networks are too small for anything else")
-    parser.add_argument("--smoke", action="store_true", help="2 updates of 16 games, to see that everything runs")
-    parser.add_argument("--quiet", action="store_true", help="no output but errors")
+        text = f.metadata["help"].replace("%", "%%")
+        text += f" (default {f.default})" if f.default != "" else ""
+        algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
+                               metavar=f.type.__name__.upper())
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path,
+                       help="the run's directory (default: runs/<time>_seed<k>)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                         help="the CPU: for so small a network a GPU only adds waiting")
+    machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
-    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
-    if args.smoke:
-        config = replace(config, updates=2, games=16, prove_every=1)
+    given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
+    return given, args
+
+
+def new_run(given, args):
+    """The configuration of a new run: defaults, then --smoke, and the flags."""
+    smoke = dict(updates=2, games=16, eval_every=1) if args.smoke else {}
+    config = Config(**(smoke | given))
     check(config)
-    args.out = args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}"
+    return config
+
+
+def open_directory(out, config):
+    """Makes the run's directory with its config.json; an error if it holds something already."""
     try:
-        used = args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out} exists and is not an empty directory; choose another name")
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     except OSError as problem:
-        fail(f"--out {args.out} cannot be used ({problem.strerror}); choose another directory")
-    if used:
-        fail(f"--out {args.out} exists and is not an empty directory; nothing was overwritten, choose another name")
-    return config, args
+        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
+
+
+def command_of(config):
+    """The command line that makes a run of this configuration."""
+    words = ["python", Path(__file__).name]
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if value != f.default:
+            words += [flag_of(f), shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def start_judge(out, args):
+    """Starts the eval script on the run: it writes eval.json and curve.png, prints the verdict."""
+    script = HERE / "tictactoe_eval.py"
+    if not script.exists():
+        print(f"{script.name} is not beside this script, so nothing judges the run")
+        return
+    command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
+    status = subprocess.run(command).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def interrupted(out):
+    """Says after Ctrl-C what is there; exit status 130."""
+    words = [sys.executable, str(HERE / "tictactoe_eval.py"), "--weights", str(out)]
+    print("\ninterrupted: " + (f"judge the best weights so far with {shlex.join(words)}"
+                               if (out / "best.pt").exists() else "before the first update"),
+          file=sys.stderr)
+    raise SystemExit(130)
 
 
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")                  # a Windows pipe may not know α
-    config, args = parse_args()
-    log = (lambda *text: None) if args.quiet else tqdm.write
-    torch.set_num_threads(1)      # networks this small are faster on one core than shared between two
-    versions = dict(python=platform.python_version(), torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__)
-    log("Self-play on Tic-Tac-Toe · " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    log(f"{sum(p.numel() for p in make_agent(config.hidden).parameters()):,} parameters · seed {config.seed} · expect: no losing line after about "
-        "half a minute" + (f" · BROKEN: {config.broken}" if config.broken else ""))
+            stream.reconfigure(errors="replace")      # a Windows pipe may not know α
+    given, args = parse_args()
+    config = new_run(given, args)
+    torch.set_num_threads(1)          # a network this small is faster on one core than on two
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
+    out = args.out or HERE / "runs" / name
+    open_directory(out, config)
+
+    log = (lambda text: None) if args.quiet else tqdm.write
+    versions = dict(python=platform.python_version(), torch=torch.__version__,
+                    gymnasium=gym.__version__, numpy=np.__version__)
+    log("self-play · " + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f" · cpu · seed {config.seed}")
+    log("expect with the default settings: about a minute, and no losing line after a fifth of it"
+        + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another directory")
-    states, result, metrics, timing = train(config, log, bar=sys.stderr.isatty() and not args.quiet)
-    for name, state in states.items():
-        content = io.BytesIO()
-        torch.save(state, content)
-        write(args.out / f"{name}.pt", content.getvalue())
-    write(args.out / "metrics.csv", csv_text(metrics))
-    write(args.out / "timing.csv", csv_text(timing))
-    proof = {key: result[key] for key in ("first", "second", "all_positions_worse_than_minimax")}
-    write(args.out / "eval.json", json.dumps(proof, indent=1) + "\n")
-    command = "python train_tictactoe.py" + "".join(f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))} {getattr(config, f.name)}"
-                                                    for f in fields(Config) if getattr(config, f.name) != f.default)
-    write(args.out / "train.json", json.dumps(dict(command=command, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
-    plot_curve(args.out / "curve.png", metrics, config)
-    lost, worse, anywhere = faults(proof)
-    log(f"{'PROVED: no line of play loses' if lost == 0 else f'NOT perfect: {lost} losing lines'}; {worse} reachable positions and {anywhere} of all 4,520 "
-        f"played worse than minimax" + (f"; perfect since update {result['perfect_at'][0]}, {result['perfect_at'][1]:.0f} s" if result["perfect_at"] else ""))
-    log(f"{result['train_seconds']:.0f} s of training and {result['proof_seconds']:.0f} s of proofs. Weights, metrics and curve are in {args.out}")
-    log(f"Look at curve.png, then try to win: python {HERE / 'tictactoe_eval.py'} --weights {args.out} --play")
-    if result["interrupted"]:
-        raise SystemExit(130)
+        result = train(broken_config(config), out, log,
+                       bar=sys.stderr.isatty() and not args.quiet)
+    except FloatingPointError as problem:
+        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
+    except KeyboardInterrupt:
+        interrupted(out)
+    about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+    write(out / "train.json", json.dumps(about, indent=1) + "\n")
+    log(f"weights and tables are in {out}")
+    if not args.smoke:
+        start_judge(out, args)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        fail("interrupted; what is complete is in the run's directory")
-    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+    except BrokenPipeError:                           # whoever read our output (head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
