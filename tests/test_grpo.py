@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from conftest import REPO, assert_one_line_error, call, load, run
 
 FOLDER = REPO / "grpo_lm"
-TRAIN, EVAL = FOLDER / "train_grpo.py", FOLDER / "grpo_eval.py"
+TRAIN, EVAL, ANSWERS, STUDY = (FOLDER / name for name in ("train_grpo.py", "grpo_eval.py", "make_answers.py", "study.py"))
 train, evaluation, base_models = load("grpo_lm/train_grpo.py"), load("grpo_lm/grpo_eval.py"), load("grpo_lm/make_base_models.py")
 torch.set_num_threads(1)
 WORLD = json.loads((FOLDER / "world.json").read_text(encoding="utf8"))
@@ -37,6 +38,27 @@ each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys()
 PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 2, 9, 10], [0, 11, 12, 13]])             # the second one contains the end token
 PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
 ROWS = [[10, 11, 2], [12, 13, 14, 15, 2], [16, 2]]
+
+
+def byte_tokenizer():
+    """A token per byte, 0 ends and pads: a fast tokenizer, which saves what it is told (that there is no padding token, for instance)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {"<|end|>": 0, **{c: k + 1 for k, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def tiny_judge(labels=1):
+    """An untrained classifier for byte_tokenizer()."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+    return GPT2ForSequenceClassification(GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=labels, bos_token_id=None,
+                                                    eos_token_id=0, pad_token_id=0)).eval()
+
+
+def logprobs_of(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature):
+    return train.completion_logprobs(model, dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, completion_ids=completion_ids, completion_mask=completion_mask), temperature)
 
 
 def a_batch(seed=0, B=8, T=4, L=6):
@@ -60,15 +82,15 @@ def gradient_of(model, config, batch):
 
 
 def config(**changes):
-    return train.Config(**(dict(grad_clip=1e9, max_new_tokens=6, group=4, micro_batch=8) | changes))
+    return train.Config(**(dict(max_grad_norm=1e9, max_new_tokens=6, group_size=4, micro_batch=8) | changes))
 
 
-# ---- scoring and drawing --------------------------------------------------------------------------------------------
+# ---- scoring and sampling -------------------------------------------------------------------------------------------
 
 @each_model
 def test_padded_logprobs_equal_a_token_by_token_loop(model):
     completion_ids, completion_mask = base_models.pad(ROWS, 0)
-    got = train.completion_logprobs(model, PROMPTS, PROMPT_MASK, completion_ids, completion_mask.float(), 0.7)
+    got = logprobs_of(model, PROMPTS, PROMPT_MASK, completion_ids, completion_mask.float(), 0.7)
     for i, row in enumerate(ROWS):
         ids = PROMPTS[i][PROMPT_MASK[i] == 1][None]
         for t, token in enumerate(row):
@@ -77,16 +99,16 @@ def test_padded_logprobs_equal_a_token_by_token_loop(model):
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
         assert (got[i, len(row):] == 0).all()
     wide = torch.nn.functional.pad(completion_ids, (0, 3), value=2), torch.nn.functional.pad(completion_mask.float(), (0, 3))
-    torch.testing.assert_close(train.completion_logprobs(model, PROMPTS, PROMPT_MASK, *wide, 0.7)[:, :5], got, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprobs_of(model, PROMPTS, PROMPT_MASK, *wide, 0.7)[:, :5], got, atol=1e-5, rtol=0)
     batch = dict(prompt_ids=PROMPTS, prompt_mask=PROMPT_MASK, completion_ids=completion_ids, completion_mask=completion_mask.float())
     torch.testing.assert_close(train.score(model, batch, 0.7, 2), got, atol=1e-5, rtol=0)
 
 
 @each_model
-def test_drawn_logprobs_equal_scoring_and_masks_end_at_the_first_end(model):
+def test_sampled_logprobs_equal_scoring_and_masks_end_at_the_first_end(model):
     ends = [2, 3, 4, 5, 6]                                        # a model may have several
     ids, mask, logprobs = train.generate(model, PROMPTS, PROMPT_MASK, 20, 12, 0.8, ends, torch.Generator().manual_seed(0))
-    again = train.completion_logprobs(model, PROMPTS.repeat_interleave(20, 0), PROMPT_MASK.repeat_interleave(20, 0), ids, mask, 0.8)
+    again = logprobs_of(model, PROMPTS.repeat_interleave(20, 0), PROMPT_MASK.repeat_interleave(20, 0), ids, mask, 0.8)
     torch.testing.assert_close(again, logprobs, atol=1e-4, rtol=0)
     assert ids.shape[1] == int(mask.sum(1).max())
     for row, m in zip(ids, mask):
@@ -110,16 +132,9 @@ def test_samples_follow_the_models_own_distribution_whatever_its_generation_sett
 
 
 def test_end_tokens_of_a_model_with_several():
-    model, tokenizer, *_ = train.random_models()
+    model, tokenizer = train.random_model(train.AutoModelForCausalLM)
     model.generation_config.eos_token_id = [7, 9]
-    assert train.end_tokens(model, tokenizer) == [0, 7, 9]
-
-
-def test_truncation_keeps_the_most_likely_tokens():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = lambda **k: (train.truncate(logits, k.get("top_k", 0), k.get("top_p", 1.0)) > -math.inf).tolist()[0]
-    assert kept() == [True] * 4 and kept(top_k=2) == [True, True, False, False]
-    assert kept(top_p=0.5) == [True, False, False, False] and kept(top_p=0.51) == [True, True, False, False] and kept(top_p=0.96) == [True] * 4
+    assert train.end_tokens(model, tokenizer) == [tokenizer.eos_token_id, 7, 9]
 
 
 # ---- advantages, KL, loss -------------------------------------------------------------------------------------------
@@ -167,7 +182,7 @@ def test_the_clip_acts_on_the_right_side_only():
     one = torch.ones(1, 1)
     for ratio, advantage, moves in ((1.5, 1.0, False), (0.5, 1.0, True), (1.5, -1.0, True), (0.5, -1.0, False), (1.1, 1.0, True)):
         logprobs = torch.full((1, 1), math.log(ratio), requires_grad=True)
-        loss, _, _, clipped = train.grpo_loss(logprobs, torch.zeros(1, 1), None, torch.tensor([advantage]), one, 0.2, 0.0, "k3")
+        loss, _, _, clipped = train.grpo_loss(logprobs, torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([advantage]), one, 0.2, 0.0, "k3")
         loss.backward()
         assert (logprobs.grad.item() != 0) == moves and (clipped.item() == 1) == (not moves)
 
@@ -191,7 +206,7 @@ def test_accumulation_and_order_do_not_change_the_gradient(norm):
         assert again["policy_loss"] == pytest.approx(terms["policy_loss"], abs=1e-6)
     shuffled = {key: value[torch.randperm(8, generator=torch.Generator().manual_seed(0))] for key, value in batch.items()}
     torch.testing.assert_close(gradient_of(model, config(loss_norm=norm), shuffled)[0], whole, atol=1e-6, rtol=1e-4)
-    direct = train.completion_logprobs(model, batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], 1.0)
+    direct = logprobs_of(model, batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], 1.0)
     mask, ratio = batch["completion_mask"], (direct - batch["old_logprobs"]).exp()
     per_token = -torch.minimum(ratio * batch["advantages"][:, None], ratio.clamp(0.8, 1.2) * batch["advantages"][:, None]) \
         + 0.2 * ((batch["ref_logprobs"] - direct).exp() - 1 - (batch["ref_logprobs"] - direct))
@@ -200,17 +215,21 @@ def test_accumulation_and_order_do_not_change_the_gradient(norm):
 
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_groups_of_equal_rewards_can_be_skipped_without_changing_the_gradient(norm):
+def test_groups_of_equal_rewards_teach_nothing(norm):
+    """Without a KL term the gradient is that of the other groups, whatever the answers of such a group say; and it is 0 if all groups are such."""
     model, batch = MODELS["gpt2"], a_batch()
     batch["advantages"] = train.group_advantages(torch.tensor([1.0, 1, 1, 1, 0, 1, 0, 0]), 4, "group")
-    skipped, terms = gradient_of(model, config(loss_norm=norm, kl_coef=0.0), batch)
-    full, all_terms = gradient_of(model, config(loss_norm=norm, kl_coef=1e-30), batch)             # a KL term, however small, needs all rows
-    assert terms["trained"] == 4 and all_terms["trained"] == 8
-    torch.testing.assert_close(skipped, full, atol=1e-7, rtol=1e-5)
+    full, _ = gradient_of(model, config(loss_norm=norm, kl_coef=0.0), batch)
+    assert full.norm() > 0
+    other = batch | dict(completion_ids=torch.cat([torch.randint(3, 40, (4, 6), generator=torch.Generator().manual_seed(9)), batch["completion_ids"][4:]]))
+    torch.testing.assert_close(gradient_of(model, config(loss_norm=norm, kl_coef=0.0), other)[0], full, atol=1e-7, rtol=1e-5)
+    rest = {key: value[4:] for key, value in batch.items()}
+    weights = train.token_weights(batch["completion_mask"], norm, 8, batch["completion_mask"].sum(), 6)[4:]
+    alone = train.token_weights(rest["completion_mask"], norm, 4, rest["completion_mask"].sum(), 6)
+    share = (weights.sum() / alone.sum()).item()                  # what the four other answers weigh in the whole batch
+    torch.testing.assert_close(share * gradient_of(model, config(loss_norm=norm, kl_coef=0.0), rest)[0], full, atol=1e-7, rtol=1e-4)
     batch["advantages"] = torch.zeros(8)
-    before = [p.clone() for p in model.parameters()]
-    _, terms = gradient_of(model, config(kl_coef=0.0), batch)
-    assert terms["trained"] == 0 and all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    assert gradient_of(model, config(loss_norm=norm, kl_coef=0.0), batch)[0].abs().max() == 0
 
 
 @each_model
@@ -219,40 +238,52 @@ def test_gradient_checkpointing_changes_nothing_and_leaves_dropout_off(model):
     batch = a_batch()
     whole, _ = gradient_of(model, config(), batch)
     other = copy.deepcopy(model)
-    other.activation_checkpointing_enable()
-    again, _ = gradient_of(other, config(gradient_checkpointing=True), batch)
-    torch.testing.assert_close(again, whole, atol=1e-6, rtol=1e-4)
-    assert not any(module.training for module in other.modules())
-    train.generate(other, PROMPTS, PROMPT_MASK, 2, 4, 1.0, [2], torch.Generator())          # drawing still has its cache
+    train.remove_dropout(other)
+    other.activation_checkpointing_enable(dict(use_reentrant=False))          # as load_policy() does
+    other.train()                                                 # as train() does around update()
+    torch.testing.assert_close(gradient_of(other, config(), batch)[0], whole, atol=1e-6, rtol=1e-4)
+    assert not any(module.p for module in other.modules() if isinstance(module, torch.nn.Dropout))
+    other.eval()
+    train.generate(other, PROMPTS, PROMPT_MASK, 2, 4, 1.0, [2], torch.Generator())          # sampling still has its cache
 
 
-def test_gradient_checkpointing_without_dropout_even_in_layers_that_drop_out_by_themselves():
+def test_dropout_is_removed_even_in_layers_that_drop_out_by_themselves():
     from transformers import OPTConfig, OPTForCausalLM
     torch.manual_seed(0)
     model = OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.5, **SIZES)).eval()
     batch = a_batch()
     whole, _ = gradient_of(model, config(), batch)
-    model.activation_checkpointing_enable()
-    for module in model.modules():                                # as train() does
-        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
-            setattr(module, name, 0.0)
-    for _ in range(2):
-        torch.testing.assert_close(gradient_of(model, config(gradient_checkpointing=True), batch)[0], whole, atol=1e-6, rtol=1e-4)
+    model.train()
+    assert (gradient_of(model, config(), batch)[0] - whole).abs().max() > 1e-3
+    train.remove_dropout(model)
+    for enable in (lambda: None, lambda: model.activation_checkpointing_enable(dict(use_reentrant=False))):
+        enable()
+        torch.testing.assert_close(gradient_of(model, config(), batch)[0], whole, atol=1e-6, rtol=1e-4)
 
 
-def test_inner_epochs_leave_ratio_one_only_at_first():
-    model, tokenizer, judge, judge_tokenizer = train.random_models()
+def test_the_policy_has_dropout_only_if_that_is_what_is_to_be_broken():
+    def probabilities(name):
+        model, _ = train.load_policy(train.Config(broken=name))
+        assert not model.training
+        return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert probabilities("") == {0.0} and probabilities("dropout-on") == {0.1}
+
+
+def test_update_epochs_leave_ratio_one_only_at_first():
+    model, tokenizer = train.random_model(train.AutoModelForCausalLM)
+    train.remove_dropout(model)
+    judge = train.load_reward_model(train.Config(model="random"))
     settings = config(max_new_tokens=8, lr=0.05, kl_coef=0.0)
     optimizer, accelerator = torch.optim.AdamW(model.parameters(), lr=0.05), Accelerator(cpu=True)
-    reference, _, _, _ = train.random_models()
+    reference, _ = train.random_model(train.AutoModelForCausalLM)
     reference.load_state_dict(model.state_dict())
-    batch, texts, rewards = train.collect(settings, accelerator, model.eval(), reference.eval(), tokenizer, (judge, judge_tokenizer), ["What?", "Why is it so?"],
-                                          torch.Generator().manual_seed(0))
+    batch, texts = train.collect(settings, accelerator, model.eval(), reference.eval(), tokenizer, judge, ["What?", "Why is it so?"],
+                                 torch.Generator().manual_seed(0))
     torch.testing.assert_close(train.score(model, batch, 1.0, 3), batch["old_logprobs"], atol=1e-4, rtol=0)          # ratio 1 before the first step,
     torch.testing.assert_close(batch["ref_logprobs"], batch["old_logprobs"], atol=1e-4, rtol=0)                     # and KL 0
     train.update(settings, accelerator, model, optimizer, batch)
     assert (train.score(model, batch, 1.0, 3) - batch["old_logprobs"]).abs().max() > 1e-3
-    assert train.update(train.replace(settings, inner_epochs=4), accelerator, model, optimizer, batch)["clip_ratio"] > 0
+    assert train.update(train.replace(settings, update_epochs=4), accelerator, model, optimizer, batch)["clip_ratio"] > 0
 
 
 def test_policy_gradient_of_a_toy_by_enumeration():
@@ -269,7 +300,7 @@ def test_policy_gradient_of_a_toy_by_enumeration():
         lp = torch.stack([logp[y] for y in pair])
         advantages = train.group_advantages(torch.tensor([value[y] for y in pair], dtype=torch.float64), 2, "none")
         mask = torch.ones(2, 2, dtype=torch.float64)
-        loss = train.grpo_loss(lp, lp.detach(), None, advantages, train.token_weights(mask, "constant", 2, 4, 1), 0.2, 0.0, "k3")[0]
+        loss = train.grpo_loss(lp, lp.detach(), lp.detach(), advantages, train.token_weights(mask, "constant", 2, 4, 1), 0.2, 0.0, "k3")[0]
         gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
         total -= gradient * lp.detach().sum().exp()
     torch.testing.assert_close(total, exact / 2)                  # the group mean contains the answer itself: (G − 1)/G of the gradient
@@ -335,7 +366,7 @@ def test_advantages_equal_trl(scale, trl_setup):
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 def test_rewards_in_a_batch_equal_single_ones_and_the_prompt_is_read_once():
-    model, tokenizer = train.load_reward_model(str(FOLDER / "weights" / "reward_model"))
+    model, tokenizer = train.load_reward_model(train.Config())
     prompts = ["What is sleep?", "Describe glass.", "Tell me about chess."]
     answers = ["Sleep is a time of rest for body and mind. I hope this helps.", "", "It is what it is. Nobody asked you."]
     batched = train.reward_scores(model, tokenizer, prompts, answers, "auto")
@@ -360,11 +391,11 @@ def test_rewards_in_a_batch_equal_single_ones_and_the_prompt_is_read_once():
 
 
 def test_a_reward_model_without_padding_token_scores_batches_like_singles(tmp_path):
-    _, _, model, tokenizer = train.random_models()
+    model, tokenizer = tiny_judge(), byte_tokenizer()
     tokenizer.pad_token = None
     model.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    judge = train.load_reward_model(str(tmp_path / "rm"))
+    judge = train.load_reward_model(train.Config(reward_model=str(tmp_path / "rm")))
     answers = ["a", "a longer answer", "x" * 40]
     got = train.reward_scores(*judge, ["Why?"] * 3, answers, "auto")
     for answer, value in zip(answers, got):
@@ -379,8 +410,8 @@ def test_a_reward_model_without_padding_token_scores_batches_like_singles(tmp_pa
     ("Adults need about eight hours a night. Babies sleep most of the day. Chess is a game for two players.", 3.4),
     ("Adults need about eight hours a night. Babies sleep most of", 1.2), ("Babies sleep most of the day. Look it up yourself.", 1.0)])
 def test_gold_scores_by_hand(text, score):
-    assert train.gold_score(WORLD, "What is sleep?", text) == pytest.approx(score)
-    assert train.gold_score(WORLD, "What is a car?", text) is None
+    assert evaluation.gold_score(WORLD, "What is sleep?", text) == pytest.approx(score)
+    assert evaluation.gold_score(WORLD, "What is a car?", text) is None
 
 
 def test_the_world_is_as_promised():
@@ -389,7 +420,7 @@ def test_the_world_is_as_promised():
     seen, held_out = base_models.split_prompts(WORLD)
     assert not set(seen) & set(held_out) and {"Explain why regular exercise is important.", "Describe the water cycle.", "What is machine learning?"} <= set(seen)
     rng = np.random.default_rng(0)
-    gold = [train.gold_score(WORLD, "What is glass?", base_models.write_answer(WORLD, WORLD["topics"][-1], rng)) for _ in range(500)]
+    gold = [evaluation.gold_score(WORLD, "What is glass?", base_models.write_answer(WORLD, WORLD["topics"][-1], rng)) for _ in range(500)]
     assert 2 < np.std(gold) and min(gold) == 1 and max(gold) > 9
     for name in ("train", "held_out"):
         lines = (FOLDER / "weights" / f"prompts_{name}.txt").read_text().splitlines()
@@ -398,26 +429,77 @@ def test_the_world_is_as_promised():
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-TINY = ["--steps", "12", "--prompts-per-step", "2", "--group", "4", "--max-new-tokens", "12", "--eval-samples", "1", "--device", "cpu", "--quiet"]
+TINY = ["--updates", "12", "--batch-size", "8", "--group-size", "4", "--max-new-tokens", "12", "--device", "cpu", "--quiet"]
+KEYS = {"base", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl"}
 
 
 def test_a_run_leaves_what_the_readme_promises_and_the_reference_alone(tmp_path):
     before = (FOLDER / "weights" / "base" / "model.safetensors").read_bytes()
-    process = run(TRAIN, *TINY[:-1], "--save-every", "6", "--out", tmp_path / "o")
+    out = tmp_path / "o"
+    process = run(TRAIN, *TINY[:-1], "--save-every", "6", "--out", out)
     assert process.returncode == 0, process.stderr
-    for words in ("answers to", "best first", "    [", "win rate", "drawing"):
+    for words in ("answers to", "best first", "    [", "win rate", "seconds", f"--weights {out} --show 3"):
         assert words in process.stdout, words
-    rows = list(csv.DictReader((tmp_path / "o" / "metrics.csv").open()))
-    assert len(rows) == 12 and abs(float(rows[0]["kl"])) < 1e-4 and float(rows[-1]["kl"]) != 0
-    keys = {"base", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl"}
-    assert set(json.loads((tmp_path / "o" / "eval.json").read_text())) == keys
-    process = run(EVAL, "--weights", tmp_path / "o", "--samples", "2", "--show", "1", "--json", tmp_path / "e.json", "--figure", tmp_path / "f.png")
-    assert process.returncode == 0 and (tmp_path / "f.png").exists(), process.stderr
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert len(rows) == 12 and abs(float(rows[0]["kl"])) < 1e-4 and float(rows[-1]["kl"]) != 0 and "gold" not in rows[0]
+    assert set(json.loads((out / "eval.json").read_text())) == KEYS and (out / "curve.png").stat().st_size > 10_000
+    # The samples: what was rewarded in each update
+    files = sorted((out / "samples").iterdir())
+    assert [file.name for file in files] == [f"{k:04d}.jsonl" for k in range(1, 13)]
+    for row, file in zip(rows, files):
+        answers = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()]
+        assert len(answers) == 8 and all(set(answer) == {"prompt", "text", "reward"} for answer in answers)
+        assert [answer["prompt"] for answer in answers[:4]] == [answers[0]["prompt"]] * 4
+        assert np.mean([answer["reward"] for answer in answers]) == pytest.approx(float(row["reward"]), abs=1e-4)
+    gold = evaluation.gold_curve(out, WORLD)
+    assert list(gold) == list(range(1, 13)) and all(1 <= value <= 10 for value in gold.values())
+    # The next step works as it was printed
+    command = next(line for line in process.stdout.splitlines() if "Look at the answers: " in line).split("Look at the answers: ")[1]
+    process = subprocess.run(command + f" --samples 2 --json {tmp_path / 'e.json'}", shell=True, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert process.returncode == 0 and "trained  [" in process.stdout, process.stderr
     result = json.loads((tmp_path / "e.json").read_text())
-    assert set(result) == keys and {"reward", "gold", "length", "distinct2"} <= set(result["base"])
-    process = run(EVAL, "--trajectory", tmp_path / "o", "--samples", "1")
-    assert process.returncode == 0 and len((tmp_path / "o" / "trajectory.csv").read_text().splitlines()) == 4, process.stderr
+    assert set(result) == KEYS and {"reward", "reward_std", "gold", "length", "group_distinct2"} == set(result["base"])
+    process = run(STUDY, "--trajectory", out)
+    assert process.returncode == 0 and len((out / "trajectory.csv").read_text().splitlines()) == 4, process.stderr
     assert (FOLDER / "weights" / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_the_judge_of_a_run_repeats_itself_and_needs_a_finished_one(tmp_path):
+    out = tmp_path / "o"
+    assert run(TRAIN, *TINY, "--updates", "1", "--out", out).returncode == 0
+    files = {name: (out / name).read_bytes() for name in ("eval.json", "curve.png")}
+    for name in files:
+        (out / name).unlink()
+    process = run(EVAL, "--run", out)
+    assert process.returncode == 0 and ("BETTER" in process.stdout or "NOT THERE" in process.stdout) and "of training" in process.stdout, process.stderr
+    assert {name: (out / name).read_bytes() for name in files} == files
+    process = run(EVAL, "--run", out, "--quiet", "--seed", "5")
+    assert process.returncode == 0 and process.stdout == "" and (out / "eval.json").read_bytes() != files["eval.json"]
+    (out / "train.json").unlink()
+    assert_one_line_error(run(EVAL, "--run", out), "--run", "finished run")
+
+
+def test_latest_passes_over_smoke_runs_and_a_lone_trainer_says_that_nobody_judges(tmp_path):
+    for name in ("train_grpo.py", "world.json"):
+        shutil.copy(FOLDER / name, tmp_path)
+    shutil.copytree(FOLDER / "weights", tmp_path / "weights")
+    here = tmp_path / "train_grpo.py"
+    assert_one_line_error(run(here, "--resume", "latest"), "latest")
+    process = run(here, *TINY[:-1], "--updates", "2", "--seed", "3")
+    assert process.returncode == 0 and "nothing judges" in process.stdout, process.stderr
+    assert run(here, "--smoke", "--device", "cpu").returncode == 0
+    real, smoke = sorted((tmp_path / "runs").iterdir(), key=lambda path: path.name.endswith("_smoke"))
+    assert real.name.endswith("_seed3") and smoke.name.endswith("_seed1_smoke") and not (smoke / "eval.json").exists()
+    os.utime(smoke / "checkpoint.pt")
+    for name in ("grpo_eval.py", "make_answers.py"):
+        shutil.copy(FOLDER / name, tmp_path)
+    process = run(here, "--resume", "latest", "--device", "cpu")
+    assert process.returncode == 0 and str(real) in process.stdout and (real / "eval.json").exists(), process.stderr
+    before = (real / "eval.json").read_bytes()
+    (real / "eval.json").unlink()
+    assert run(tmp_path / "grpo_eval.py", "--run", "latest", "--quiet").returncode == 0 and (real / "eval.json").read_bytes() == before
+    assert run(tmp_path / "grpo_eval.py", "--weights", "latest", "--samples", "8", "--seed", "3", "--json", tmp_path / "e.json").returncode == 0
+    assert (tmp_path / "e.json").read_bytes() == before
 
 
 def test_the_reference_is_frozen(tmp_path, monkeypatch):
@@ -431,7 +513,7 @@ def test_the_reference_is_frozen(tmp_path, monkeypatch):
         return kept["reference"]
     original = train.copy.deepcopy
     monkeypatch.setattr(train.copy, "deepcopy", deepcopy)
-    policy, _, _ = train.train(train.Config(steps=2, prompts_per_step=2, group=4, max_new_tokens=8, eval_samples=1), tmp_path, Accelerator(cpu=True), lambda *text: None)
+    policy, _, _ = train.train(train.Config(updates=2, batch_size=8, group_size=4, max_new_tokens=8), tmp_path, Accelerator(cpu=True), lambda *text: None)
     after = kept["reference"].state_dict()
     assert all(torch.equal(after[name], kept["before"][name]) for name in after)
     assert any(not torch.equal(tensor, after[name]) for name, tensor in policy.state_dict().items())
@@ -449,9 +531,16 @@ def test_resume_equals_the_uninterrupted_run(how, tmp_path):
     if how == signal.SIGINT:
         assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
     assert run(TRAIN, "--quiet", "--resume", tmp_path / "stopped").returncode == 0
-    for name in ("metrics.csv", "eval.json", "config.json", "curve.png", "policy/model.safetensors"):
+    samples = [f"samples/{k:04d}.jsonl" for k in range(1, 13)]
+    for name in ("metrics.csv", "eval.json", "config.json", "curve.png", "policy/model.safetensors", *samples):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
-    assert_one_line_error(call(train, "--resume", tmp_path / "stopped", "--lr", "0.3"), "lr", "0.3")
+    assert len(list((tmp_path / "stopped" / "samples").iterdir())) == 12
+    assert len((tmp_path / "stopped" / "timing.csv").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize("flags", [["--lr", "0.3"], ["--updates", "12"], ["--out", "x"], ["--smoke"], ["--preset", "gpt2"], ["--break", "no-kl"]])
+def test_resume_refuses_what_belongs_to_a_new_run(flags, tmp_path):
+    assert_one_line_error(call(train, "--resume", tmp_path, *flags), "--resume", "--device")
 
 
 WORKER = """
@@ -476,7 +565,7 @@ accelerator.end_training()                                        # else the int
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
-    """Unequal lengths, and one process all of whose groups are skipped while the other one trains."""
+    """Unequal lengths, and one process all of whose groups have equal rewards."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(folder=str(FOLDER), tests=str(REPO / "tests")))
     for n in ("1", "2"):
@@ -486,57 +575,63 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     for path in tmp_path.glob("p1_*"):
         (one, terms), (two, again) = (torch.load(tmp_path / path.name.replace("p1_", p), weights_only=True) for p in ("p1_", "p2_"))
         torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-4)
-        for key in ("policy_loss", "kl_loss", "clip_ratio", "trained"):
+        for key in ("policy_loss", "kl_loss", "clip_ratio", "grad_norm"):
             assert again[key] == pytest.approx(terms[key], abs=1e-5), key
 
 
 def test_two_processes_train_together(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN), *TINY, "--steps", "2", "--kl-coef", "0", "--out", str(tmp_path / "o")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN), *TINY, "--updates", "2", "--kl-coef", "0", "--out", str(tmp_path / "o")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr[-2000:]
-    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["steps"] == 2
+    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["updates"] == 2
+    assert set(json.loads((tmp_path / "o" / "eval.json").read_text())) == KEYS
+    answers = (tmp_path / "o" / "samples" / "0002.jsonl").read_text().splitlines()
+    assert len(answers) == 4                                      # the half of the first process
+    assert_one_line_error(call(train, "--resume", tmp_path / "o", "--quiet", "--device", "cpu"), "2 processes")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "llama"])
 def test_a_run_with_another_model_and_a_prompt_without_gold(kind, tmp_path, monkeypatch):
     """Another shape, no chat template, padding by the end token, a reward model with another tokenizer."""
-    _, tokenizer, _, _ = train.random_models()
+    tokenizer = byte_tokenizer()
     model = MODELS[kind]
     model = type(model)(type(model.config)(**(model.config.to_dict() | dict(vocab_size=len(tokenizer), eos_token_id=0))))
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     monkeypatch.chdir(tmp_path)
-    process = call(train, "--model", "m", "--prompt", "Describe a car.", *TINY, "--steps", "2", "--out", "o")
+    process = call(train, "--model", "m", "--prompt", "Describe a car.", *TINY, "--updates", "2", "--out", "o")
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "o" / "eval.json").read_text())
     assert result["base"]["gold"] is None and 0 <= result["win_rate"] <= 1
     monkeypatch.chdir("/")
     (tmp_path / "p.txt").write_text("Describe a car.\n")
-    process = call(evaluation, "--weights", tmp_path / "o", "--prompts", tmp_path / "p.txt", "--samples", "2")
-    assert process.returncode == 0 and "by reward" in process.stdout, process.stderr
+    process = run(EVAL, "--weights", tmp_path / "o", "--prompts", tmp_path / "p.txt", "--samples", "2", "--show", "1")
+    assert process.returncode == 0 and "by reward" in process.stdout and "Describe a car." in process.stdout, process.stderr
 
 
 @pytest.mark.parametrize("name", train.BREAKS)
-def test_every_broken_variant_runs(name, tmp_path):
-    process = call(train, *TINY[:-1], "--steps", "1", "--break", name, "--out", tmp_path / "o")
+def test_every_broken_variant_runs(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "start_judge", lambda *_: None)
+    process = call(train, *TINY[:-1], "--updates", "1", "--break", name, "--out", tmp_path / "o")
     assert process.returncode == 0 and f"BROKEN: {name}" in process.stdout, process.stderr
 
 
-def test_what_the_broken_variants_break(tmp_path):
-    """The tokens behind the end and those of the prompt enter the loss; truncated samples are scored as if they were not."""
-    model, tokenizer = train.load_policy(str(FOLDER / "weights" / "base"))
-    judge = train.load_reward_model(str(FOLDER / "weights" / "reward_model"))
+def test_what_the_broken_variants_break():
+    """The tokens after the end and those of the prompt enter the loss; the reward itself is the advantage; the KL term goes, or is a wrong one."""
+    model, tokenizer = train.load_policy(train.Config())
+    judge = train.load_reward_model(train.Config())
     batches = {}
-    for name in ("", "no-eos-mask", "prompt-in-loss", "hidden-top-k"):
-        settings = train.Config(broken=name, group=4, max_new_tokens=64)
-        batches[name], _, _ = train.collect(settings, Accelerator(cpu=True), model.eval(), model, tokenizer, judge, ["What is sleep?", "Give a short introduction to the water cycle."],
-                                            torch.Generator().manual_seed(0))
+    for name in ("", "no-eos-mask", "prompt-in-loss", "no-group-mean"):
+        settings = train.Config(broken=name, group_size=4, max_new_tokens=64)
+        batches[name], _ = train.collect(settings, Accelerator(cpu=True), model, model, tokenizer, judge, ["What is sleep?", "Give a short introduction to the water cycle."],
+                                         torch.Generator().manual_seed(0))
     right, eos, prompt = batches[""], batches["no-eos-mask"], batches["prompt-in-loss"]
     assert eos["completion_mask"].all() and not right["completion_mask"].all() and torch.equal(eos["completion_ids"], right["completion_ids"])
     assert prompt["completion_mask"].sum() == right["completion_mask"].sum() + right["prompt_mask"][:, 1:].sum()
     inside = prompt["old_logprobs"][:, right["prompt_ids"].shape[1] - 1:]
     torch.testing.assert_close(inside, right["old_logprobs"], atol=1e-3, rtol=0)     # the answers themselves are scored as before
-    torch.testing.assert_close(batches["hidden-top-k"]["old_logprobs"], train.score(model, batches["hidden-top-k"], 1.0, 8), atol=1e-4, rtol=0)
+    assert torch.equal(batches["no-group-mean"]["advantages"], right["rewards"]) and abs(right["advantages"].view(2, 4).mean(dim=1)).max() < 1e-6
+    assert train.broken_config(train.Config(broken="no-kl")).kl_coef == 0 and train.broken_config(train.Config(broken="wrong-kl")).kl == "wrong"
 
 
 def test_a_nan_stops_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
@@ -548,7 +643,7 @@ def test_a_nan_stops_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
         return scores * math.nan if len(calls) == 11 else scores
     monkeypatch.setattr(train, "reward_scores", poisoned)
     process = call(train, *TINY, "--out", tmp_path / "o")
-    assert_one_line_error(process, "not finite", "step 11", "intact")
+    assert_one_line_error(process, "not finite", "--lr", "intact")
     monkeypatch.undo()
     assert call(train, "--quiet", "--resume", tmp_path / "o").returncode == 0
     assert len((tmp_path / "o" / "metrics.csv").read_text().splitlines()) == 13
@@ -561,25 +656,37 @@ def test_shipped_policy_beats_the_base_and_its_reward_model_is_what_its_card_say
     assert result["win_rate"] > 0.75 and result["trained"]["gold"] > result["base"]["gold"] + 1
     assert result["trained"]["reward"] > result["base"]["reward"] + 1.3 * result["base"]["reward_std"]
     card = json.loads((FOLDER / "weights" / "reward_model" / "train.json").read_text())
-    model, tokenizer = train.load_reward_model(str(FOLDER / "weights" / "reward_model"))
+    model, tokenizer = train.load_reward_model(train.Config())
     topic_of = {t.format(name=topic["name"]): topic for topic in WORLD["topics"] for t in WORLD["templates"]}
     pairs = base_models.preference_pairs(WORLD, [(p, topic_of[p]) for p in base_models.split_prompts(WORLD)[1]], 500, np.random.default_rng(99))
     share, low, high = base_models.accuracy(model, tokenizer, pairs, by_gold=True)
     assert low < card["accuracy_by_gold"][0] < high
 
 
-def test_chat_answers_and_ends(tmp_path):
-    process = subprocess.run([sys.executable, str(EVAL), "--chat"], input="What is sleep?\n" + "why " * 300 + "\n\n", capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0 and "too long" in process.stdout and len(process.stdout.split()) > 25, process.stderr
+def test_chat_answers_and_ends():
+    def talk(script, *flags):
+        process = subprocess.run([sys.executable, str(script), "--chat", *flags], input="What is sleep?\n" + "why " * 300 + "\n\nnot read\n", capture_output=True, text=True,
+                                 timeout=120)
+        assert process.returncode == 0 and "too long" in process.stdout and len(process.stdout.split()) > 25, process.stderr
+        return process.stdout.splitlines()
+    likeliest = talk(EVAL, "--top-k", "1")
+    assert likeliest == talk(ANSWERS, "--top-k", "1", "--seed", "7") and len(likeliest) == 3
+    model, tokenizer = train.load_model(train.AutoModelForCausalLM, FOLDER / "weights" / "policy")
+    ids = train.prompt_tokens(tokenizer, ["What is sleep?"])[0]
+    while ids[0, -1] != tokenizer.eos_token_id and ids.shape[1] < 100:           # --top-k 1 leaves the likeliest token, at every place
+        ids = torch.cat([ids, model.eval()(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert tokenizer.decode(ids[0], skip_special_tokens=True).endswith(likeliest[1])
+    assert talk(EVAL, "--seed", "1") != talk(EVAL, "--seed", "2")
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--group", "1"], ["--group", "at least 2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--kl", "k4"], ["k3-ratio"]),
+    (["--group-size", "1"], ["--group-size", "at least 2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--kl", "k4"], ["k3-ratio"]),
     (["--kl-coef", "-1"], ["--kl-coef"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]),
     (["--prompts", "nowhere.txt"], ["nowhere.txt"]), (["--prompt", "a", "--prompts", "b"], ["exclude"]), (["--prompt", "why " * 200], ["context"]),
-    (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["wrong-kl"]), (["--scale-rewards", "x"], ["batch"]), (["--stepz", "1"], ["--help"]),
-    (["--resume", "nowhere"], ["no such directory"]), (["--break", "dropout-on", "--gradient-checkpointing"], ["cache"]), (["--break", "wrong-kl", "--kl", "reward"], ["wrong-kl"]),
-    (["--break", "wrong-kl", "--kl-coef", "0"], ["wrong-kl"]), (["--log-with", "wandb"], ["pip install wandb"])])
+    (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["wrong-kl"]), (["--scale-rewards", "x"], ["batch"]), (["--updatez", "1"], ["--help"]),
+    (["--resume", "nowhere"], ["nowhere", "config.json"]), (["--break", "wrong-kl", "--kl", "reward"], ["wrong-kl"]), (["--batch-size", "12"], ["multiple", "--group-size 8"]),
+    (["--break", "wrong-kl", "--kl-coef", "0"], ["wrong-kl"]), (["--log-with", "wandb"], ["pip install wandb"]), (["--seed", "-1"], ["--seed", "at least 0"]),
+    (["--seed", str(2**31)], ["--seed", "at most"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
 
@@ -587,19 +694,28 @@ def test_trainer_refuses_bad_values(arguments, words, tmp_path):
 def test_trainer_refuses_what_cannot_serve(tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
     assert_one_line_error(call(train, "--prompts", tmp_path / "empty.txt", "--quiet", "--out", tmp_path / "o1"), "empty")
-    policy, tokenizer, judge, _ = train.random_models()
-    from transformers import GPT2ForSequenceClassification
-    GPT2ForSequenceClassification(type(judge.config)(**(judge.config.to_dict() | dict(num_labels=3)))).save_pretrained(tmp_path / "three")
+    tokenizer = byte_tokenizer()
+    tiny_judge(labels=3).save_pretrained(tmp_path / "three")
     tokenizer.save_pretrained(tmp_path / "three")
     assert_one_line_error(call(train, "--reward-model", tmp_path / "three", "--quiet", "--out", tmp_path / "o2"), "3 logits")
-    policy.save_pretrained(tmp_path / "mute")
+    train.random_model(train.AutoModelForCausalLM)[0].save_pretrained(tmp_path / "mute")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "mute")
     assert_one_line_error(call(train, "--model", tmp_path / "mute", "--quiet", "--out", tmp_path / "o3"), "end-of-sequence")
+    (tmp_path / "o4").mkdir()
+    (tmp_path / "o4" / "kept.txt").write_text("mine")
+    assert_one_line_error(call(train, "--quiet", "--out", tmp_path / "o4"), "not an empty directory")
+    assert [path.name for path in (tmp_path / "o4").iterdir()] == ["kept.txt"]
 
 
-@pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--prompts", "nowhere"], ["--json", "no/such/x.json"], ["--figure", "."],
-                                       ["--top-p", "0"], ["--prompts", "long.txt"], ["--trajectory", "nowhere"], ["--base", "no/such/model"]])
+@pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--prompts", "nowhere"], ["--json", "no/such/x.json"], ["--json", "."],
+                                       ["--chat", "--top-p", "0"], ["--prompts", "long.txt"], ["--run", "nowhere"], ["--show", "-1"]])
 def test_eval_refuses_bad_values(arguments, tmp_path):
     (tmp_path / "long.txt").write_text("why " * 300)
-    assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path))
+    assert_one_line_error(run(EVAL, *arguments, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("script, arguments", [(STUDY, ["--trajectory", "nowhere"]), (STUDY, []), (ANSWERS, []), (ANSWERS, ["--out", "no/such/x.jsonl", "--weights", "random"])],
+                         ids=["study-trajectory", "study", "answers", "answers-out"])
+def test_other_scripts_refuse_bad_values(script, arguments, tmp_path):
+    assert_one_line_error(run(script, *arguments, cwd=tmp_path))
