@@ -1,35 +1,41 @@
-"""PPO on LunarLander-v3: reuse each batch for several gradient steps, and stop every action from running away.
+"""PPO on LunarLander-v3: take several gradient steps on each batch, and none of them too far.
 
-    python train_lunarlander.py                     about a minute, 1.5 million steps; expect best weights around 280
-    python train_lunarlander.py --resume DIR        goes on where a killed run stopped, to the byte
-    python train_lunarlander.py --help              every hyperparameter, with the symptom of a wrong value
+    python train_lunarlander.py                    about a minute, 1.5 million steps of the landers;
+                                                   expect a greedy return of about 280 (200: solved)
+    python train_lunarlander.py --resume latest    goes on where a killed run stopped, to the byte
+    python train_lunarlander.py --help             every hyperparameter, and what a wrong value does
 
 The algorithm
     repeat
-        64 landers fly 128 steps with the current actor                                         collect
-        critic: what is every state worth?  δ_t, then advantages A_t backwards in time          compute_gae     Eq. 1-3
-        4 passes over the batch in minibatches of 512:                                          update
-            one Adam step on  clipped surrogate + value error - entropy bonus                   ppo_loss        Eq. 4-7
-        every 25 updates: 20 fresh greedy episodes; keep the best weights; checkpoint           evaluate
+        64 landers fly 128 steps with the current actor                              collect
+        δ_t, then A_t backwards in time: better than the critic expected?  Eq. 1-3   compute_gae
+        4 passes over the batch in minibatches of 512:                               update
+            one Adam step: clipped ratio + value error − entropy bonus     Eq. 4-7   ppo_loss
+        every 25 updates: 20 fresh greedy flights; keep the best weights             evaluate_greedy
 
 The equations (README.md derives them)
-    Eq. 1   δ_t = r_t + γ·V(s_{t+1})·(1 − terminated_t) − V(s_t)       a time limit still bootstraps, a crash does not
-    Eq. 2   A_t = δ_t + γ·λ·(1 − done_t)·A_{t+1}                       either end cuts the trace: what follows is another flight
-    Eq. 3   R_t = A_t + V(s_t)                                         what the critic should have said
-    Eq. 4   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)                        1 in the first minibatch
-    Eq. 5   L_clip = −mean min(ρ_t·A_t, clip(ρ_t, 1−ε, 1+ε)·A_t)       no reward for moving an action further than ε
+    Eq. 1   δ_t = r_t + γ·V(s_{t+1})·(1 − terminated_t) − V(s_t)
+            a crash is worth 0 from here on; at a time limit the flight could have gone on
+    Eq. 2   A_t = δ_t + γ·λ·(1 − done_t)·A_{t+1}     both ends cut: what follows is another flight
+    Eq. 3   R_t = A_t + V(s_t)                       what the critic should have said
+    Eq. 4   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)      1 in the first minibatch
+    Eq. 5   L_clip = −mean min(ρ_t·A_t, clip(ρ_t, 1 − ε, 1 + ε)·A_t)
     Eq. 6   L_value = ½·mean (V(s_t) − R_t)²
     Eq. 7   L = L_clip + c_v·L_value − c_e·mean entropy
 
-New since lesson 2 (Tic-Tac-Toe): bootstrapping, so a batch may cut through episodes; advantages that mix rewards and critic; several
-gradient steps per batch, which is what needs the ratio and the clip; checkpoints.
-Deliberately left out: value clipping, observation normalisation, a shared trunk (README.md, section 10, says why); continuous actions.
+New since lesson 2 (Tic-Tac-Toe): bootstrapping (the critic's guess stands in for rewards not yet
+seen), so a batch may cut through flights; advantages that mix rewards and critic; several gradient
+steps per batch, which is what needs the ratio and the clip; checkpoints.
+Deliberately left out: value clipping, observation normalisation, a shared trunk (README.md,
+section 10, says why); continuous actions.
 
-Sources: PPO arXiv 1707.06347; GAE arXiv 1506.02438; details arXiv 2005.12729. Shapes: T steps, N landers side by side, B minibatch.
+Sources: PPO arXiv 1707.06347; GAE arXiv 1506.02438; details arXiv 2005.12729.
+Shapes: T steps; N landers side by side; B rows of a minibatch. An observation has 8 numbers: place,
+velocity (2 each), angle, angular velocity, and for each leg whether it touches the ground.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[box2d]==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "gymnasium[box2d]==1.4.0", "numpy==2.4.6", "tqdm==4.70.1"]
 # ///
 import argparse
 import csv
@@ -37,11 +43,12 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
+import shlex
+import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -52,331 +59,455 @@ from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-SOLVED, RANDOM_RETURN = 200.0, -180.0
+SOLVED = 200.0                # Gymnasium's own threshold, for the mean return
+# What --break removes, to see what each ingredient is for (sabotage, broken_config, far below)
 BREAKS = ("no-clip", "no-adv-norm", "truncation-is-death", "no-gae", "one-epoch")
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: its default, the text that `--help` shows, and the range of its values (above, low, high)."""
+    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
 class Config:
-    seed: int = hp(1, "seeds the weights, the action noise, the minibatches and the landers; same seed, same run", low=0, high=999)
-    total_steps: int = hp(1_500_000, "environment steps in all. Too low: it lands, but slowly and not always", low=1)
-    num_envs: int = hp(64, "N, landers side by side. Too low: correlated batches, slow. Too high: few updates per step flown", low=1, high=1000)
-    num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the critic's guesses alone", low=1, high=10_000)
-    lr: float = hp(2e-3, "α, Adam's step size, annealed to 0. Too high: approx_kl above .05, collapse. Too low: hovers for a long time", above=0)
-    gamma: float = hp(0.999, "γ, discount. .97 sees some 30 steps ahead, and a landing takes 200: it learns to hover", above=0, high=1)
-    gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards alone (noisy)", low=0, high=1)
-    clip: float = hp(0.2, "ε, how far a ratio may move before it stops paying. Too high: no clip. Too low: nothing is learnt per batch", above=0, high=1)
-    epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and the data grow stale", low=1)
-    minibatch: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. Too high: few steps per batch, learns late", low=2)
-    ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: never commits to a landing", low=0)
-    vf_coef: float = hp(0.5, "c_v, weight of the value loss. It matters only through the joint gradient clipping: Adam ignores a constant factor", low=0)
-    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened. Too high: one bad batch can ruin the policy", above=0)
-    target_kl: float = hp(0.0, "stops the passes over a batch once approx_kl exceeds this; 0 switches it off", low=0)
-    reward_scale: float = hp(0.02, "rewards are multiplied by this so that values are of order 1. 1: the critic needs ages to reach 200", above=0)
+    # At most 999, so that the flights that judge (seeds of 2³² and more) are always new ones
+    seed: int = hp(1, "same seed, same run", low=0, high=999)
+    # Flying
+    updates: int = hp(183, "batches of N·T steps. Too few: it lands, but slowly and not always",
+                      low=1)
+    num_envs: int = hp(64, "N, landers side by side. Too low: correlated batches, slow. Too high: "
+                       "few updates per step flown", low=1, high=1000)
+    num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the "
+                        "critic's guesses alone", low=1, high=10_000)
+    reward_scale: float = hp(0.02, "rewards are multiplied by it, so that values are of order 1. "
+                             "1: the critic needs ages to reach 200", above=0)
+    # Advantages
+    gamma: float = hp(0.999, "γ, discount. .97 sees some 30 steps ahead, and a landing takes 200: "
+                      "it learns to hover", above=0, high=1)
+    gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards "
+                           "alone (noisy)", low=0, high=1)
+    # The loss
+    clip_eps: float = hp(0.2, "ε, how far a ratio may leave 1 before it stops paying. Too high: "
+                         "no clip. Too low: nothing is learnt per batch", above=0, high=1)
+    ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: "
+                         "never commits to a landing", low=0)
+    vf_coef: float = hp(0.5, "c_v, weight of the value loss. It matters only through the joint "
+                        "gradient clipping: Adam ignores a constant factor", low=0)
+    # The optimizer
+    lr: float = hp(2e-3, "α, Adam's step size, falling to 0. Too high: approx_kl above .05, "
+                   "collapse. Too low: hovers for a long time", above=0)
+    max_grad_norm: float = hp(0.5, "a longer gradient is shortened to this norm. Too high: one bad "
+                              "batch can ruin the policy", above=0)
+    update_epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and "
+                            "the data grow stale", low=1)
+    minibatch_size: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. "
+                             "Too high: few steps per batch, learns late", low=2)
+    target_kl: float = hp(0.0, "stops the passes over a batch once approx_kl exceeds it; 0: never",
+                          low=0)
+    # The network, the evaluation
     hidden: int = hp(64, "units in each of the two hidden layers", low=1, high=65536)
-    eval_every: int = hp(25, "updates between evaluations; checkpoints and fresh episodes fall on the same updates", low=1)
-    eval_episodes: int = hp(20, "greedy episodes per evaluation, on seeds never flown before", low=1, high=1000)
-    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=BREAKS)
+    eval_every: int = hp(25, "updates between two evaluations; each comes with a checkpoint", low=1)
+    eval_episodes: int = hp(20, "greedy flights per evaluation", low=1, high=1000)
+    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
+                     choices=("", *BREAKS))
 
 
-# ---- the task and the networks --------------------------------------------------------------------------------------
+# ---- the task and the networks ----------------------------------------------------------------
 
 def make_env():
-    # No render_mode: with one, the environment simulates the engines' sparks as Box2D bodies, several times the work of a step.
+    """One lander. No render_mode: with one, the environment simulates the engines' sparks too,
+    which takes several times the work of a step."""
     return gym.make("LunarLander-v3", disable_env_checker=True)
 
 
 def make_network(hidden, outputs, last_gain):
-    """Observation [.., 8] -> [.., outputs]; orthogonal weights, biases 0. One network acts (4 logits), another judges (1 value).
+    """From observations [.., 8] to [.., outputs]. Orthogonal weights, biases 0.
 
-    Two networks, not two heads on one trunk: with returns in the hundreds the value gradient in a shared trunk can be
-    hundreds of times the policy's, and the policy then follows the critic's features around. ReLU and not the usual tanh: as
-    good here, and cheaper.
+    ReLU and not the usual tanh: as good here, and cheaper.
     """
-    layers = [nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)]
-    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), last_gain)):
+    network = nn.Sequential(nn.Linear(8, hidden), nn.ReLU(),
+                            nn.Linear(hidden, hidden), nn.ReLU(),
+                            nn.Linear(hidden, outputs))
+    linear_layers = network[::2]
+    gains = (math.sqrt(2), math.sqrt(2), last_gain)
+    for layer, gain in zip(linear_layers, gains):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return network
 
 
 def make_agent(hidden):
-    # Gain .01 on the logits: the first policy is a fair die, whatever the random weights. Gain 1 on the value.
-    return nn.ModuleDict(dict(actor=make_network(hidden, 4, 0.01), critic=make_network(hidden, 1, 1.0)))
+    """Two networks: "actor" -> 4 logits (no engine, left, main, right), "critic" -> 1 value.
+
+    Two networks, not two heads on one trunk: with returns in the hundreds the value gradient in a
+    shared trunk can be hundreds of times the policy's. The policy then follows the critic's
+    features around.
+    """
+    # Gain .01: the first policy is a fair die, whatever the random weights
+    return nn.ModuleDict(dict(actor=make_network(hidden, 4, last_gain=0.01),
+                              critic=make_network(hidden, 1, last_gain=1.0)))
 
 
-# ---- the mathematics: tensors in, tensors out -----------------------------------------------------------------------
+# ---- the mathematics: tensors in, tensors out -------------------------------------------------
 
 def compute_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation (arXiv 1506.02438, eq. 16), for batches that cut through episodes.
+    """Generalized advantage estimation, GAE, for batches that cut through flights (Eq. 1-3).
 
-    All [T, N]; terminated and truncated are 0 or 1; values[t] = V(s_t); next_values[t] = V of the observation that action t
-    led to, BEFORE any reset. Returns (advantages, returns), both [T, N].
-    Example: rewards (1, 1), all values 2, γ = λ = 1, the second step terminates: δ = (1, −1), advantages (0, −1), returns (2, 1).
-    The same with a time limit instead: δ = (1, 1), advantages (2, 1), returns (4, 3).
+    All [T, N]; terminated and truncated are 0 or 1; values[t] = V(s_t); next_values[t] = V of the
+    observation that action t led to, BEFORE any reset. Returns (advantages, returns), both [T, N].
+    Example: rewards (1, 1), all values 2, γ = λ = 1.
+        The second step crashes:        δ = (1, −1), advantages (0, −1), returns (2, 1)
+        The second step is out of time: δ = (1, 1),  advantages (2, 1),  returns (4, 3)
+    Source: arXiv 1506.02438, eq. 16.
     """
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[0])                      # [N]  A_{t+1}; 0 behind the last step of the batch
-    done = torch.maximum(terminated, truncated)
+    advantages = torch.zeros_like(rewards)                              # [T, N]
+    following = torch.zeros_like(rewards[0])      # [N]: A_{t+1}, 0 after the end of the batch
+    done = torch.maximum(terminated, truncated)                         # [T, N]
     for t in reversed(range(len(rewards))):
-        # Eq. 1  δ_t = r_t + γ·V(s_{t+1})·(1 − terminated_t) − V(s_t)   a crash is worth 0 from here on, a time limit is not
-        delta = rewards[t] + gamma * next_values[t] * (1 - terminated[t]) - values[t]               # [N]
-        # Eq. 2  A_t = δ_t + γ·λ·(1 − done_t)·A_{t+1}   row t+1 is another episode if this one is done, for either reason
-        following = delta + gamma * gae_lambda * (1 - done[t]) * following                          # [N]
+        # Eq. 1  δ_t = r_t + γ·V(s_{t+1})·(1 − terminated_t) − V(s_t)
+        # The factor has no truncated_t: a flight out of time could have gone on, so V counts
+        delta = rewards[t] + gamma * next_values[t] * (1 - terminated[t]) - values[t]       # [N]
+        # Eq. 2  A_t = δ_t + γ·λ·(1 − done_t)·A_{t+1}
+        # After either end, row t+1 belongs to another flight
+        following = delta + gamma * gae_lambda * (1 - done[t]) * following                  # [N]
         advantages[t] = following
     # Eq. 3  R_t = A_t + V(s_t)
-    return advantages, advantages + values
+    returns = advantages + values                                       # [T, N]
+    return advantages, returns
 
 
-def ppo_loss(logprobs, old_logprobs, advantages, entropy, values, returns, clip, vf_coef, ent_coef):
-    """The objective of arXiv 1707.06347, eq. 9, as a loss.
+def ppo_loss(logprobs, old_logprobs, advantages, entropy, values, returns, clip_eps, vf_coef,
+             ent_coef):
+    """Eq. 4-7 (arXiv 1707.06347, eq. 9, as a loss). Returns (loss, what to watch), all means.
 
-    All [B]; gradients flow through logprobs, entropy and values only. Returns (loss, dictionary of diagnostics); all means.
-    Example: one action with A = 1: at ρ = 1.5, ε = .2 the loss is −1.2 and its gradient 0; with A = −1 it is +1.5 and pulls back.
+    All [B]; gradients flow through logprobs, entropy and values only.
+    Example: one action with A = 1, ρ = 1.5, ε = .2: the policy loss is −1.2, its gradient 0.
+    With A = −1 the policy loss is +1.5, and its gradient pulls ρ back.
     """
-    # Eq. 4  ρ = π_θ / π_old, from log-probabilities: a quotient of two small numbers would be inexact
-    ratio = (logprobs - old_logprobs).exp()                                                         # [B]
-    # Eq. 5  The minimum is the pessimist: moving ρ beyond 1 ± ε in the profitable direction pays nothing (gradient 0), but a
-    # step that already went wrong (A < 0 and ρ > 1, or A > 0 and ρ < 1) is always pulled back, however far.
-    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    # Eq. 4  ρ = π_θ / π_old, from logarithms: a quotient of two small numbers would be inexact
+    log_ratio = logprobs - old_logprobs                                 # [B]
+    ratio = log_ratio.exp()                                             # [B]
+    # Eq. 5  The minimum is the pessimist: an action gains nothing by leaving 1 ± ε in the direction
+    # that pays (gradient 0), but a step that went the wrong way is always pulled back, however far.
+    # Minus, because an optimizer minimises.
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                   # [B]
+    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     # Eq. 6
     value_loss = 0.5 * (values - returns).square().mean()
-    # Eq. 7
+    # Eq. 7  minus: entropy is rewarded
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy.mean()
-    with torch.no_grad():
-        log_ratio = logprobs - old_logprobs
-        diagnostics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy.mean(),
-                           # KL(π_old‖π_θ) from samples of π_old: E[ρ − 1 − log ρ], never negative, little variance
-                           approx_kl=(ratio - 1 - log_ratio).mean(),
-                           clipfrac=((ratio - 1).abs() > clip).float().mean())
-    return loss, diagnostics
+
+    log_ratio, ratio = log_ratio.detach(), ratio.detach()               # only watched from here on
+    outside = (ratio - 1).abs() > clip_eps                              # [B]
+    terms = dict(policy_loss=policy_loss.detach(),
+                 value_loss=value_loss.detach(),
+                 entropy=entropy.detach().mean(),
+                 # KL(π_old‖π_θ) in nats, from actions sampled with π_old: never negative
+                 approx_kl=(ratio - 1 - log_ratio).mean(),
+                 clipfrac=outside.float().mean())
+    return loss, terms
 
 
-# ---- collect, update, evaluate --------------------------------------------------------------------------------------
+# ---- flying -----------------------------------------------------------------------------------
 
 def collect(envs, obs, actor, num_steps, generator):
-    """Flies num_steps steps with each of N landers, starting from observation obs [N, 8].
+    """Flies T = num_steps steps with each of N landers, from the observations obs [N, 8] on.
 
-    Returns (batch, obs after the last step); batch is a dictionary of tensors obs, next_obs [T, N, 8], actions, rewards,
-    terminated, truncated [T, N], rewards in the environment's own units.
-    next_obs[t] is what action t led to. The vector environment resets a finished lander within the same step and hands out the
-    NEXT flight's first observation; the true one is in infos["final_obs"]. Mixing the two up is a classic silent bug.
+    Returns (batch, the observations after the last step). batch is a dictionary of tensors: obs,
+    next_obs [T, N, 8], actions, rewards, terminated, truncated [T, N]; rewards as the environment
+    gives them. next_obs[t] is what action t led to. A classic silent bug is to get that wrong at
+    the end of a flight, because the vector environment resets the lander within the same step:
+
+        envs.step returns   s_3 of flight 1   s_0 of flight 2   s_1 of flight 2
+        next_obs            s_3 of flight 1   s_4 of flight 1   s_1 of flight 2
+                                              from infos["final_obs"]
     """
     N = envs.num_envs
-    obs_buffer, next_obs_buffer = np.zeros((num_steps, N, 8), np.float32), np.zeros((num_steps, N, 8), np.float32)
-    actions_buffer, rewards_buffer = np.zeros((num_steps, N), np.int64), np.zeros((num_steps, N), np.float32)
-    terminated_buffer, truncated_buffer = np.zeros((num_steps, N), np.float32), np.zeros((num_steps, N), np.float32)
+    obs_buffer = np.zeros((num_steps, N, 8), np.float32)
+    next_obs_buffer = np.zeros((num_steps, N, 8), np.float32)
+    actions_buffer = np.zeros((num_steps, N), np.int64)
+    rewards_buffer = np.zeros((num_steps, N), np.float32)
+    terminated_buffer = np.zeros((num_steps, N), np.float32)
+    truncated_buffer = np.zeros((num_steps, N), np.float32)
     device = next(actor.parameters()).device
     # Gumbel-max, as in lesson 1: argmax(logits + Gumbel noise) is a sample from softmax(logits)
-    noise = -torch.empty(num_steps, N, 4).exponential_(generator=generator).log().to(device)        # [T, N, 4]
+    exponential = torch.empty(num_steps, N, 4).exponential_(generator=generator)
+    noise = -exponential.log().to(device)                               # [T, N, 4]
     for t in range(num_steps):
-        with torch.inference_mode():
-            actions = (actor(torch.from_numpy(obs).to(device)) + noise[t]).argmax(dim=-1).cpu().numpy()     # [N]
-        next_obs, rewards, terminated, truncated, infos = envs.step(actions)
-        obs_buffer[t], actions_buffer[t], rewards_buffer[t] = obs, actions, rewards
-        next_obs_buffer[t], terminated_buffer[t], truncated_buffer[t] = next_obs, terminated, truncated
+        with torch.inference_mode():  # acting needs no gradient: update() computes log π with one
+            logits = actor(torch.from_numpy(obs).to(device))            # [N, 4]
+            actions = (logits + noise[t]).argmax(dim=-1).cpu().numpy()  # [N]
+        obs_buffer[t] = obs
+        actions_buffer[t] = actions
+        obs, rewards, terminated, truncated, infos = envs.step(actions)
+        rewards_buffer[t] = rewards
+        terminated_buffer[t] = terminated         # crashed, flew off, or came to rest
+        truncated_buffer[t] = truncated           # 1,000 steps are over
+        next_obs_buffer[t] = obs
         for i in np.flatnonzero(terminated | truncated):
             next_obs_buffer[t, i] = infos["final_obs"][i]
-        obs = next_obs
-    buffers = dict(obs=obs_buffer, next_obs=next_obs_buffer, actions=actions_buffer, rewards=rewards_buffer,
-                   terminated=terminated_buffer, truncated=truncated_buffer)
+    buffers = dict(obs=obs_buffer, next_obs=next_obs_buffer, actions=actions_buffer,
+                   rewards=rewards_buffer, terminated=terminated_buffer, truncated=truncated_buffer)
     return {name: torch.from_numpy(buffer).to(device) for name, buffer in buffers.items()}, obs
 
 
-def update(agent, optimizer, batch, config, generator):
-    """Several epochs of minibatch gradient steps on one batch. Returns the mean diagnostics."""
-    actor, critic = agent["actor"], agent["critic"]
-    with torch.no_grad():                                         # targets are data: nothing here carries a gradient
-        # Values of the whole batch in two matrix products, not one by one while flying: same numbers, a fraction of the time.
-        values, next_values = critic(batch["obs"]).squeeze(-1), critic(batch["next_obs"]).squeeze(-1)               # [T, N]
-        old_logprobs = torch.log_softmax(actor(batch["obs"]), dim=-1).gather(-1, batch["actions"].unsqueeze(-1)).squeeze(-1)
-        terminated, gae_lambda, epochs, clip = batch["terminated"], config.gae_lambda, config.epochs, config.clip
-        if config.broken == "truncation-is-death":
-            terminated = torch.maximum(terminated, batch["truncated"])      # BREAK: a lander out of time is worth 0, as if crashed
-        if config.broken == "no-gae":
-            gae_lambda = 1.0                                      # BREAK: the critic is only a baseline
-        if config.broken == "one-epoch":
-            epochs = 1                                            # BREAK: every batch is used once
-        if config.broken == "no-clip":
-            clip = math.inf                                       # BREAK: nothing holds the ratio
-        advantages, returns = compute_gae(batch["rewards"] * config.reward_scale, values, next_values, terminated, batch["truncated"],
-                                          config.gamma, gae_lambda)
-        # How much of the returns' variance the critic predicts: 1 all, 0 nothing, below 0 worse than a constant
-        explained_variance = 1 - ((returns - values).var() / returns.var()).item()
-    obs, actions = batch["obs"].flatten(0, 1), batch["actions"].flatten()                           # [T·N, 8], [T·N]
-    advantages, returns, old_logprobs = advantages.flatten(), returns.flatten(), old_logprobs.flatten()     # [T·N]
-    history = []
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(obs), generator=generator).to(obs.device).split(config.minibatch):   # [B]
-            adv = advantages[rows]
-            if config.broken != "no-adv-norm":                    # BREAK: without, the entropy bonus outweighs small advantages
-                # Per minibatch to mean 0 and (unbiased) std 1, so that c_e means the same in every task and phase. Adam evens
-                # out the size of the step anyway. It bends the gradient a little (lesson 1, whitening); PPO accepts that.
-                adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-            all_logprobs = torch.log_softmax(actor(obs[rows]), dim=-1)                              # [B, 4]
-            logprobs = all_logprobs.gather(-1, actions[rows].unsqueeze(-1)).squeeze(-1)             # [B]
-            entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)                              # [B] nats; log 4 = 1.386
-            loss, diagnostics = ppo_loss(logprobs, old_logprobs[rows], adv, entropy, critic(obs[rows]).squeeze(-1), returns[rows],
-                                         clip, config.vf_coef, config.ent_coef)
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
-            if not torch.isfinite(grad_norm):                     # a NaN loss ends here too, before it can touch the weights
-                raise FloatingPointError("the loss or its gradient is not finite")
-            optimizer.step()
-            history.append(torch.stack([*diagnostics.values(), grad_norm]))
-        if config.target_kl > 0 and diagnostics["approx_kl"] > config.target_kl:
-            break
-    means = torch.stack(history).mean(dim=0).tolist()
-    return dict(zip((*diagnostics, "grad_norm"), means)) | dict(explained_variance=explained_variance, gradient_steps=len(history))
-
-
 def fly(actor, seeds, greedy):
-    """One episode per seed, all landers side by side. Returns NumPy arrays (returns, lengths, terminated), each [len(seeds)].
+    """One whole flight per seed, all landers side by side.
 
-    A finished lander is taken out of the batch, so no step is wasted on flights that nobody counts.
+    Returns NumPy arrays (returns, lengths, terminated), each [len(seeds)]. A finished lander leaves
+    the batch, so that no step is wasted on flights that nobody counts.
     """
     landers = [make_env() for _ in seeds]
-    obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(landers, seeds)])             # [N, 8]
-    returns, lengths, crashed_or_landed = np.zeros(len(seeds)), np.zeros(len(seeds), int), np.zeros(len(seeds), bool)
-    flying = np.arange(len(seeds))
+    obs = np.stack([lander.reset(seed=int(seed))[0] for lander, seed in zip(landers, seeds)])
+    returns = np.zeros(len(seeds))
+    lengths = np.zeros(len(seeds), int)
+    terminated = np.zeros(len(seeds), bool)
+    flying = np.arange(len(seeds))                                      # numbers of the landers
     generator = torch.Generator().manual_seed(int(seeds[0]))
     device = next(actor.parameters()).device
     while len(flying):
         with torch.inference_mode():
-            logits = actor(torch.from_numpy(obs[flying]).to(device)).cpu()                          # [flying, 4]
-            if not greedy:
-                logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
-        still = []
-        for i, action in zip(flying, logits.argmax(dim=-1).tolist()):
-            obs[i], reward, terminated, truncated, _ = landers[i].step(action)
+            logits = actor(torch.from_numpy(obs[flying]).to(device)).cpu()      # [flying, 4]
+        if not greedy:                                                  # Gumbel-max, see collect
+            logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+        actions = logits.argmax(dim=-1).tolist()
+        still_flying = []
+        for i, action in zip(flying, actions):
+            obs[i], reward, terminated[i], truncated, _ = landers[i].step(action)
             returns[i] += reward
             lengths[i] += 1
-            crashed_or_landed[i] = terminated
-            if not (terminated or truncated):
-                still.append(i)
-        flying = np.array(still, int)
-    return returns, lengths, crashed_or_landed
+            if not (terminated[i] or truncated):
+                still_flying.append(i)
+        flying = np.array(still_flying, int)
+    return returns, lengths, terminated
 
 
-def evaluate(actor, seeds):
-    """{"greedy": …, "sampled": …}, each with mean, std (unbiased), min, episodes, fraction_solved (return ≥ 200),
-    fraction_crashed (ended on the ground with less than 100), fraction_out_of_time, mean_length (steps)."""
-    results = {}
-    for name in ("greedy", "sampled"):
-        returns, lengths, ended = fly(actor, seeds, greedy=name == "greedy")
-        results[name] = dict(mean=float(returns.mean()), std=float(returns.std(ddof=1)) if len(seeds) > 1 else 0.0, min=float(returns.min()),
-                             episodes=len(seeds), fraction_solved=float((returns >= SOLVED).mean()), mean_length=float(lengths.mean()),
-                             fraction_crashed=float((ended & (returns < 100)).mean()), fraction_out_of_time=float((~ended).mean()))
-    return results
+# ---- one update -------------------------------------------------------------------------------
+
+def logprobs_and_entropy(actor, obs, actions):
+    """log π(a|s) of the actions, and the entropy of π(·|s) in nats (a fair die: log 4 = 1.386).
+
+    obs [.., 8], actions [..]. Returns two tensors [..].
+    """
+    all_logprobs = torch.log_softmax(actor(obs), dim=-1)                # [.., 4]
+    logprobs = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)       # [..]
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)          # [..]
+    return logprobs, entropy
 
 
-# ---- the training loop ----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def prepare(agent, batch, config):
+    """What all gradient steps on a batch share. It is data: nothing here carries a gradient.
+
+    Returns (rows, explained variance). rows: obs [T·N, 8]; actions, old_logprobs, advantages,
+    returns [T·N]. The weights are still those that flew, so old_logprobs are those of π_old.
+    """
+    # Two matrix products for the whole batch, not one by one in flight: the same numbers, faster
+    values = agent["critic"](batch["obs"]).squeeze(-1)                  # [T, N]
+    next_values = agent["critic"](batch["next_obs"]).squeeze(-1)        # [T, N]
+    old_logprobs, _ = logprobs_and_entropy(agent["actor"], batch["obs"], batch["actions"])
+    advantages, returns = compute_gae(
+        batch["rewards"] * config.reward_scale, values, next_values, batch["terminated"],
+        batch["truncated"], config.gamma, config.gae_lambda)            # [T, N]
+    # How much of the returns' variance the critic predicts: 1 all, 0 nothing, below 0 worse than
+    # a constant would
+    explained_variance = 1 - ((returns - values).var() / returns.var()).item()
+    rows = dict(obs=batch["obs"], actions=batch["actions"], old_logprobs=old_logprobs,
+                advantages=advantages, returns=returns)
+    rows = {name: tensor.flatten(0, 1) for name, tensor in rows.items()}        # [T·N, ..]
+    return rows, explained_variance
+
+
+def update(agent, optimizer, batch, config, generator):
+    """Several passes over one batch, a gradient step per minibatch. Returns what to watch: means
+    over the steps."""
+    if config.broken:                                                   # only with --break
+        batch = sabotage(batch, config)                                 # BREAK
+    rows, explained_variance = prepare(agent, batch, config)
+    history = []
+    for _ in range(config.update_epochs):
+        order = torch.randperm(len(rows["obs"]), generator=generator)   # [T·N]
+        for chosen in order.to(rows["obs"].device).split(config.minibatch_size):        # [B]
+            part = {name: tensor[chosen] for name, tensor in rows.items()}      # [B, ..]
+            advantages = part["advantages"]                             # [B]
+            if config.broken != "no-adv-norm":                          # BREAK
+                # To mean 0 and (unbiased) std 1, so that c_e means the same in every task and
+                # phase. It bends the gradient a little (lesson 1, whitening); PPO accepts that
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            logprobs, entropy = logprobs_and_entropy(agent["actor"], part["obs"], part["actions"])
+            values = agent["critic"](part["obs"]).squeeze(-1)           # [B]
+            loss, terms = ppo_loss(logprobs, part["old_logprobs"], advantages, entropy, values,
+                                   part["returns"], config.clip_eps, config.vf_coef,
+                                   config.ent_coef)
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+            if not torch.isfinite(grad_norm):         # before it can touch the weights
+                raise FloatingPointError("the gradient is not finite")
+            optimizer.step()
+            history.append(torch.stack([*terms.values(), grad_norm]))
+        if config.target_kl > 0 and terms["approx_kl"] > config.target_kl:
+            break
+    means = torch.stack(history).mean(dim=0).tolist()
+    names = [*terms, "grad_norm"]
+    return dict(zip(names, means)) | dict(explained_variance=explained_variance,
+                                          gradient_steps=len(history))
+
+
+# ---- the training loop ------------------------------------------------------------------------
 
 def train(config, out, device, log=print, bar=False):
-    """Trains for config.total_steps, or goes on from out/checkpoint.pt if there is one. Returns the result dictionary.
+    """Trains, or goes on from out/checkpoint.pt if there is one. Writes into the directory `out`.
 
-    Box2D worlds cannot be saved. So that a resumed run equals an uninterrupted one, BOTH throw the flights of the moment away
-    at every checkpoint and start new ones from seeds that follow from the update's number alone. A cut flight is not lost: its
-    last step bootstraps from the critic like any step at the end of a batch. It only never appears among the finished ones.
+    Returns figures for train.json.
     """
     torch.manual_seed(config.seed)
     agent = make_agent(config.hidden).to(device)
-    # fused: one loop over all weights instead of a dozen small operations per tensor. eps 1e-5, as most PPO codes have it: where
-    # gradients are tiny the step shrinks instead of being blown up to full size
+    # eps: where gradients are tiny, the step shrinks instead of being blown up to full size.
+    # fused: one loop over all weights instead of a dozen small operations per tensor
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     envs = SyncVectorEnv([make_env] * config.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    steps_per_update = config.num_envs * config.num_steps
-    num_updates = max(1, config.total_steps // steps_per_update)
-    state = dict(update=0, best=-math.inf, train_seconds=0.0, eval_seconds=0.0, recent=[], first_solved=[])
-    best_weights = {name: value.clone() for name, value in agent.state_dict().items()}
-    if (out / "checkpoint.pt").exists():
-        try:
-            saved = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
-            agent.load_state_dict(saved["agent"])
-            optimizer.load_state_dict(saved["optimizer"])
-            generator.set_state(saved["generator"].cpu())
-            state, best_weights = saved["state"], saved["best_weights"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError):
-            fail(f"{out / 'checkpoint.pt'} is damaged or of another network; start a new run (best.pt may still be good)")
-        # Killed between two files of a checkpoint? These follow from the first one.
-        save(out / "best.pt", best_weights)
-        save(out / "last.pt", agent.state_dict())
-    truncate_rows(out / "metrics.csv", state["update"])
-    truncate_rows(out / "timing.csv", state["update"])
-    returns_now, lengths_now = np.zeros(config.num_envs), np.zeros(config.num_envs, int)
-    log(f"{'update':>6} {'steps':>9} {'return':>7} {'length':>6} {'entropy':>7} {'kl':>6} {'clip':>5} {'expl.var':>8} {'steps/s':>8} {'ETA':>6}")
-    for number in tqdm(range(state["update"] + 1, num_updates + 1), initial=state["update"], total=num_updates, disable=not bar, unit="update"):
+    state = load_checkpoint(out, agent, optimizer, generator)
+    log(table_line())
+    for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
+                       total=config.updates, disable=not bar, unit="update", leave=False):
         start = time.perf_counter()
-        if (number - 1) % config.eval_every == 0:                 # behind a checkpoint, and at the very start
-            obs, _ = envs.reset(seed=10_000_000 + 1_000_000 * config.seed + number * config.num_envs)
-            returns_now[:], lengths_now[:] = 0, 0
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * (1 - (number - 1) / num_updates)
+        if (number - 1) % config.eval_every == 0:     # at the start, and after every checkpoint
+            obs, so_far = new_flights(envs, config, number)
         batch, obs = collect(envs, obs, agent["actor"], config.num_steps, generator)
-        state["recent"] = (state["recent"] + finished_flights(batch, returns_now, lengths_now))[-100:]
-        try:
-            diagnostics = update(agent, optimizer, batch, config, generator)
-        except FloatingPointError as problem:
-            where = f"the last good checkpoint is in {out}" if state["update"] >= config.eval_every else "no checkpoint had been reached"
-            raise FloatingPointError(f"{problem} in update {number}; try a lower --lr; {where}") from None
-        state["train_seconds"] += time.perf_counter() - start
-        state["update"], steps = number, number * steps_per_update
-        flights = np.array(state["recent"]) if state["recent"] else np.full((1, 2), math.nan)
-        row = dict(update=number, env_steps=steps, return_mean=flights[:, 0].mean(), length_mean=flights[:, 1].mean(), **diagnostics,
-                   learning_rate=group["lr"], eval_mean="", eval_min="")
-        if number % config.eval_every == 0 or number == num_updates:
-            start = time.perf_counter()
-            # Flown by nobody else: training uses 10⁷ … 1.01·10⁹, the final evaluation 2·10⁶ …, lunarlander_eval.py 0 … and 3·10⁶ …
-            seeds = 2**32 + 2**24 * config.seed + config.eval_episodes * number + np.arange(config.eval_episodes)
-            returns, lengths, _ = fly(agent["actor"], seeds, greedy=True)
-            state["eval_seconds"] += time.perf_counter() - start
-            row |= dict(eval_mean=returns.mean(), eval_min=returns.min())
-            if returns.mean() >= SOLVED and not state["first_solved"]:
-                state["first_solved"] = [steps, state["train_seconds"]]
-            if returns.mean() > state["best"]:
-                state["best"] = float(returns.mean())
-                best_weights = {name: value.clone() for name, value in agent.state_dict().items()}
-        append_row(out / "metrics.csv", row)
-        append_row(out / "timing.csv", dict(update=number, train_seconds=state["train_seconds"], eval_seconds=state["eval_seconds"]))
-        if row["eval_mean"] != "":
-            # The checkpoint first: it holds everything. If the run is killed between these lines, resuming re-makes the rest.
-            save(out / "checkpoint.pt", dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), state=state,
-                                             generator=generator.get_state(), best_weights=best_weights))
-            save(out / "best.pt", best_weights)
-            save(out / "last.pt", agent.state_dict())
-        rate = steps / state["train_seconds"]
-        if row["eval_mean"] != "" or number <= 3:
-            log(f"{number:6d} {steps:9,d} {row['return_mean']:7.1f} {row['length_mean']:6.0f} {row['entropy']:7.3f} {row['approx_kl']:6.4f} "
-                f"{row['clipfrac']:5.2f} {row['explained_variance']:8.3f} {rate:8,.0f} {(num_updates - number) * steps_per_update / rate:5.0f}s"
-                + (f"   greedy {row['eval_mean']:.1f}, best {state['best']:.1f}" if row["eval_mean"] != "" else ""))
+        finished = finished_flights(batch, so_far)
+        state["flights"] = (state["flights"] + finished)[-100:]
+        lr = config.lr * (1 - (number - 1) / config.updates)            # falls to 0
+        optimizer.param_groups[0]["lr"] = lr
+        terms = update(agent, optimizer, batch, config, generator)      # here it learns
+        env_steps = number * config.num_envs * config.num_steps
+        row = dict(update=number, env_steps=env_steps) | describe(state["flights"]) | terms
+        row["learning_rate"] = lr
+        trained = time.perf_counter()
+
+        is_checkpoint = number % config.eval_every == 0 or number == config.updates
+        if is_checkpoint:
+            row |= evaluate_greedy(agent["actor"], config, number)
+            if row["eval_mean"] > state["best_eval"]:
+                state["best_eval"] = row["eval_mean"]
+                state["best"] = copy_of_weights(agent)
+        state["update"] = number
+        state["rows"].append(row)
+        state["clock"].append(dict(update=number, seconds=trained - start,
+                                   eval_seconds=time.perf_counter() - trained))
+        log(table_line(row | state["clock"][-1], left=config.updates - number))
+        if is_checkpoint:
+            save_checkpoint(out, agent, optimizer, generator, state)
     envs.close()
-    agent.load_state_dict(best_weights)
-    result = evaluate(agent["actor"], 2_000_000 + np.arange(100 if config.eval_episodes >= 20 else config.eval_episodes))
-    return result | dict(best_eval=state["best"], env_steps=state["update"] * steps_per_update, updates=state["update"],
-                         train_seconds=state["train_seconds"], eval_seconds=state["eval_seconds"], first_solved=state["first_solved"])
+    return summary(state)
 
 
-def finished_flights(batch, returns_now, lengths_now):
-    """[(return, length), …] of the flights that ended in the batch; returns_now, lengths_now [N] carry the unfinished ones over."""
-    rewards, done = batch["rewards"].cpu().numpy(), torch.maximum(batch["terminated"], batch["truncated"]).cpu().numpy()
+def new_flights(envs, config, number):
+    """Starts N new flights before update `number`. Returns (observations [N, 8], so_far [N, 2]).
+
+    so_far holds the return and the length of each flight so far (finished_flights).
+    The physics of the landers cannot be saved. So that a resumed run equals an uninterrupted one,
+    BOTH abandon the flights of the moment at every checkpoint, and the seeds of the new ones follow
+    from the update's number alone. An abandoned flight is not lost: its last step bootstraps from
+    the critic like any step at the end of a batch.
+    """
+    obs, _ = envs.reset(seed=10_000_000 + 1_000_000 * config.seed + number * config.num_envs)
+    return obs, np.zeros((config.num_envs, 2))
+
+
+def finished_flights(batch, so_far):
+    """(return, length) of each flight that ended in the batch, undiscounted, with sampled actions.
+
+    so_far [N, 2] carries the others on to the next batch; it is changed in place.
+    """
+    rewards = batch["rewards"].cpu().numpy()                            # [T, N]
+    done = torch.maximum(batch["terminated"], batch["truncated"]).cpu().numpy()         # [T, N]
     finished = []
     for t in range(len(rewards)):
-        returns_now += rewards[t]
-        lengths_now += 1
+        so_far[:, 0] += rewards[t]
+        so_far[:, 1] += 1
         for i in np.flatnonzero(done[t]):
-            finished.append((float(returns_now[i]), int(lengths_now[i])))
-            returns_now[i], lengths_now[i] = 0, 0
+            finished.append(tuple(so_far[i].tolist()))
+            so_far[i] = 0
     return finished
 
 
-# ---- files, plot, command line --------------------------------------------------------------------------------------
+def describe(flights):
+    """The score of the latest 100 flights: what metrics.csv says about how well it flies."""
+    if not flights:
+        return dict(return_mean=math.nan, length_mean=math.nan)
+    returns, lengths = np.array(flights).T                              # [flights] each
+    return dict(return_mean=float(returns.mean()), length_mean=float(lengths.mean()))
+
+
+def evaluate_greedy(actor, config, number):
+    """Fresh flights with the likeliest action each time: they decide which weights are the best."""
+    # Nobody else flies these seeds: training has 10⁷ … 1.01·10⁹, lunarlander_eval.py others
+    first = 2**32 + 2**24 * config.seed + config.eval_episodes * number
+    returns, _, _ = fly(actor, first + np.arange(config.eval_episodes), greedy=True)
+    return dict(eval_mean=float(returns.mean()), eval_min=float(returns.min()))
+
+
+def copy_of_weights(agent):
+    return {name: value.detach().clone() for name, value in agent.state_dict().items()}
+
+
+# ==== The first reading ends here: what follows turns the algorithm into a program (files, checks,
+# ==== command line). You do not need it to understand the algorithm. =============================
+
+# ---- what --break does ------------------------------------------------------------------------
+
+def sabotage(batch, config):
+    """What --break does to a batch. Nothing of this belongs to PPO."""
+    if config.broken == "truncation-is-death":        # a lander out of time is worth 0
+        died = torch.maximum(batch["terminated"], batch["truncated"])   # [T, N]
+        return batch | dict(terminated=died)
+    return batch                                      # the other breaks are marked where they act
+
+
+def broken_config(config):
+    """What --break does to the settings: the breaks that need no line of their own."""
+    if config.broken == "no-clip":                    # nothing holds the ratio
+        return replace(config, clip_eps=math.inf)
+    if config.broken == "no-gae":                     # the critic is only a baseline
+        return replace(config, gae_lambda=1.0)
+    if config.broken == "one-epoch":                  # every batch is used once
+        return replace(config, update_epochs=1)
+    return config
+
+
+# ---- what the console and the files show ------------------------------------------------------
+
+# (key in the row, heading, format); a row may lack a key
+COLUMNS = (("update", "update", "d"), ("env_steps", "steps", ",d"),
+           ("return_mean", "return", ".1f"), ("length_mean", "length", ".0f"),
+           ("entropy", "entropy", ".3f"), ("approx_kl", "kl", ".4f"), ("clipfrac", "clip", ".2f"),
+           ("explained_variance", "expl.var", ".3f"), ("eval_mean", "greedy", ".1f"),
+           ("seconds", "seconds", ".2f"), ("left", "left", "s"))
+
+
+def table_line(row=None, left=0):
+    """One line of the console's table: the headings, or a row with the time that is left."""
+    if row is None:
+        return " ".join(f"{heading:>9}" for _, heading, _ in COLUMNS)
+    row = row | dict(left=f"{left * row['seconds']:.0f} s")
+    cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
+    return " ".join(f"{cell:>9}" for cell in cells)
+
+
+def summary(state):
+    """The figures of train.json. first_solved: [environment steps, seconds of training] up to the
+    first evaluation with a mean of at least 200, or [] if there was none."""
+    seconds = np.cumsum([row["seconds"] for row in state["clock"]]).tolist()
+    solved = [[row["env_steps"], time_so_far] for row, time_so_far in zip(state["rows"], seconds)
+              if row.get("eval_mean", -math.inf) >= SOLVED]
+    return dict(best_eval=state["best_eval"], env_steps=state["rows"][-1]["env_steps"],
+                updates=state["update"], train_seconds=seconds[-1],
+                eval_seconds=sum(row["eval_seconds"] for row in state["clock"]),
+                first_solved=solved[0] if solved else [])
+
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
@@ -385,179 +516,231 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
 
 
-def save(path, tensors):
+def write_table(path, rows):
+    """Rows as CSV, six significant digits; a row may lack columns that others have."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                         for name, value in row.items()})
+    write(path, text.getvalue())
+
+
+def save(path, weights):
+    """A dictionary of tensors as a file."""
     content = io.BytesIO()
-    torch.save(tensors, content)
+    torch.save(weights, content)
     write(path, content.getvalue())
 
 
-def append_row(path, row):
-    new = not path.exists()
-    with path.open("a", encoding="utf8", newline="") as file:
-        if new:
-            file.write(",".join(row) + "\n")
-        file.write(",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()) + "\n")
+def save_checkpoint(out, agent, optimizer, generator, state):
+    """Weights and tables, then everything that --resume needs, last: whoever finds it finds the
+    rest."""
+    write_table(out / "metrics.csv", state["rows"])
+    write_table(out / "timing.csv", state["clock"])
+    save(out / "best.pt", state["best"])
+    save(out / "last.pt", agent.state_dict())
+    save(out / "checkpoint.pt", dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(),
+                                     generator=generator.get_state(), state=state))
 
 
-def truncate_rows(path, last_update):
-    """Drops the rows that a killed run wrote after its last checkpoint (and a half-written last line)."""
-    if path.exists():
-        lines = path.read_text(encoding="utf8").split("\n")
-        write(path, "\n".join(lines[:1 + last_update]) + "\n")
+def load_checkpoint(out, agent, optimizer, generator):
+    """The state of the run in `out`; that of a new run, if it has no checkpoint."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return dict(update=0, best_eval=-math.inf, best=None, flights=[], rows=[], clock=[])
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        return saved["state"]
+    except Exception:                 # torch raises many kinds; the remedy is one
+        fail(f"{path} is damaged or of another network; start a new run")
 
 
-def plot_curve(path, metrics_path, config):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    with metrics_path.open(encoding="utf8") as file:
-        rows = list(csv.DictReader(file))
-    steps = np.array([float(row["env_steps"]) for row in rows]) / 1e6
-    column = lambda name: np.array([float(row[name]) for row in rows])
-    evals = [(float(row["env_steps"]) / 1e6, float(row["eval_mean"])) for row in rows if row["eval_mean"]]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=[2, 1], layout="constrained")
-    top.plot(steps, column("return_mean"), label="training, last 100 flights (sampled actions)", alpha=0.5)
-    top.plot(*zip(*evals), color="C1", linewidth=2.5, marker=".", label=f"greedy, {config.eval_episodes} fresh flights")
-    top.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
-    top.axhline(SOLVED, color="C2", linestyle="--", label="solved: 200")
-    top.set(ylabel="return", ylim=(-450, 320), title=f"PPO on LunarLander-v3, seed {config.seed}" +
-            (f"   BROKEN: {config.broken}" if config.broken else ""))
-    top.legend(loc="lower right", fontsize=8)
-    bottom.plot(steps, column("explained_variance"), color="C4", label="explained variance")
-    bottom.plot(steps, column("clipfrac"), color="C3", label="clipfrac")
-    bottom.plot(steps, column("entropy") / math.log(4), color="C5", label="entropy / log 4")
-    bottom.set(xlabel="million steps", ylim=(-0.1, 1.05))
-    bottom.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    plt.close(figure)
-    write(path, picture.getvalue())
+# ---- the command line -------------------------------------------------------------------------
+
+def flag_of(f):
+    return f.metadata.get("flag", "--" + f.name.replace("_", "-"))
 
 
 def check(config):
+    """Ends with an error where a value is of the wrong type or out of its range."""
     for f in fields(Config):
         value, rule = getattr(config, f.name), f.metadata
-        if f.type is not str and not (rule.get("above", -math.inf) < value < math.inf and rule.get("low", value) <= value <= rule.get("high", value)):
-            words = [f"{word} {rule[key]:,}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most")) if key in rule]
-            fail(f"--{f.name.replace('_', '-')} must be {' and '.join(words)}, not {value}")
-    if config.num_envs * config.num_steps % config.minibatch == 1:
-        fail("--minibatch must be such that no minibatch of one row is left over: one row has no standard deviation")
-    if config.total_steps > 1_000_000 * config.num_steps:
-        fail("--total-steps must be at most a million times --num-steps: the seeds of the flights would repeat")
-    if config.broken not in ("", *BREAKS):
-        fail(f"field broken is {config.broken}, which is no name in --help")
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
+        if value not in rule.get("choices", (value,)):
+            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
+            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+        if f.type in (int, float):
+            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
+            high = rule.get("high", math.inf)
+            if not (low <= value <= high and above < value < math.inf):
+                words = dict(above="above", low="at least", high="at most")
+                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
+                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+    check_together(config)
+
+
+def check_together(config):
+    """Ends with an error where two values contradict each other."""
+    if config.num_envs * config.num_steps % config.minibatch_size == 1:
+        fail(f"--minibatch-size {config.minibatch_size} leaves a minibatch of one row over, and "
+             "one row has no standard deviation; choose another one")
+    if config.updates * config.num_envs > 1_000_000:
+        fail("--updates times --num-envs must be at most a million: the seeds of the flights would "
+             "repeat")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    """(flags of Config that were given, all other arguments)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
+    algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        parser.add_argument(f.metadata.get("flag", "--" + f.name.replace("_", "-")), dest=f.name, type=f.type,
-                            choices=f.metadata.get("choices"), metavar=f.type.__name__.upper() if f.default != "" else "NAME",
-                            help=f.metadata["help"] + (f" (default {f.default})" if f.default != "" else ""))
-    parser.add_argument("--out", type=Path, default=None, help="directory of this run (default: runs/<time>_seed<k> beside the script)")
-    parser.add_argument("--resume", type=Path, default=None, metavar="DIR", help="go on with the run in DIR, with its own configuration")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                        help="auto is the CPU here: the landers live there, and the networks are small")
-    parser.add_argument("--smoke", action="store_true", default=False, help="two tiny updates, to see that everything runs")
-    parser.add_argument("--quiet", action="store_true", default=False, help="no output but errors")
+        text = f.metadata["help"].replace("%", "%%")
+        text += f" (default {f.default})" if f.default != "" else ""
+        algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
+                               metavar=f.type.__name__.upper())
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path,
+                       help="the run's directory (default: runs/<time>_seed<k>)")
+    files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                         help="auto is the CPU: the landers live there, the networks are small")
+    machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if args.resume:
-        config = config_of_run(args.resume, given)
-        args.out = args.resume
-    else:
-        if args.smoke:
-            given = dict(total_steps=64, num_envs=4, num_steps=8, minibatch=16, eval_every=1, eval_episodes=2) | given
-        config = Config(**given)
-        check(config)
-        args.out = args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}"
-        try:
-            used = args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))
-        except OSError as problem:
-            fail(f"--out {args.out} cannot be used ({problem.strerror}); choose another directory")
-        if used:
-            fail(f"--out {args.out} exists and is not an empty directory; choose another name, or go on with it by --resume {args.out}")
-    if args.device == "cuda" and not torch.cuda.is_available() or args.device == "mps" and not torch.backends.mps.is_available():
+    given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not has.get(args.device, True):
         fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
-    return config, args
+    return given, args
 
 
-def config_of_run(directory, given):
-    """The configuration stored in a run directory; flags that contradict it are an error that names the field."""
-    if not directory.is_dir():
-        fail(f"--resume {directory}: there is no such directory")
-    try:
-        stored = json.loads((directory / "config.json").read_text(encoding="utf8"))
-        if not isinstance(stored, dict):
-            raise ValueError
-    except (OSError, ValueError):
-        fail(f"--resume {directory}: it has no readable config.json, so it is not a run of this script")
-    for name in set(stored) ^ {f.name for f in fields(Config)}:
-        fail(f"--resume {directory}: field {name} is {'unknown' if name in stored else 'missing'}; the run is from another version of the script")
-    for name, value in given.items():
-        if stored[name] != value:
-            fail(f"--resume {directory}: field {name} is {stored[name]} there and {value} here; leave the flag away or start a new run")
-    for f in fields(Config):
-        if type(stored[f.name]) is not f.type and not (f.type is float and type(stored[f.name]) is int):
-            fail(f"--resume {directory}: field {f.name} is {stored[f.name]!r}, which is no {f.type.__name__}")
-    if not (directory / "checkpoint.pt").exists():
-        fail(f"--resume {directory}: it has no checkpoint yet; start again with another --out")
-    config = Config(**stored)
+def new_run(given, args):
+    """The configuration of a new run: defaults, then --smoke, and the flags."""
+    smoke = dict(updates=2, num_envs=4, num_steps=8, minibatch_size=16, eval_every=1,
+                 eval_episodes=2) if args.smoke else {}
+    config = Config(**(smoke | given))
     check(config)
     return config
+
+
+def resumed_run(given, args):
+    """The configuration in the run directory, which --resume takes as it is."""
+    if given or args.out or args.smoke:
+        fail("--resume takes everything from the run's directory; beside it only --device and "
+             "--quiet may be given")
+    args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
+    try:
+        config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError):
+        fail(f"--resume {args.out}: its config.json is not one of this version of the script")
+    check(config)
+    return config
+
+
+def newest_run(needed):
+    """The newest directory in runs/ with a file of that name; runs of --smoke do not count."""
+    found = [path for path in HERE.glob(f"runs/*/{needed}") if "_smoke" not in path.parent.name]
+    if not found:
+        fail(f"latest: no run in {HERE / 'runs'} has a {needed} yet")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def open_directory(out, config):
+    """Makes the run's directory with its config.json; an error if it holds something already."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out} exists and is not an empty directory; choose another name, or go on "
+                 f"with it by --resume {out}")
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    except OSError as problem:
+        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
+
+
+def command_of(config):
+    """The command line that makes a run of this configuration."""
+    words = ["python", Path(__file__).name]
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if value != f.default:
+            words += [flag_of(f), shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def start_judge(out, args):
+    """Starts the eval script on the run: it writes eval.json and curve.png, prints the verdict."""
+    script = HERE / "lunarlander_eval.py"
+    if not script.exists():
+        print(f"{script.name} is not beside this script, so nothing judges the run")
+        return
+    command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
+    try:
+        status = subprocess.run(command).returncode
+    except KeyboardInterrupt:         # the eval script has got it too, and says so
+        status = 130
+    if status:
+        raise SystemExit(status)
+
+
+def interrupted(out):
+    """Says after Ctrl-C how to go on; exit status 130."""
+    words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
+    print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")                  # a Windows pipe may not know α
-    config, args = parse_args()
-    log = (lambda *text: None) if args.quiet else tqdm.write
-    torch.set_num_threads(1)      # the landers are stepped on one core, and the networks are too small to share
+            stream.reconfigure(errors="replace")      # a Windows pipe may not know α
+    given, args = parse_args()
+    config = resumed_run(given, args) if args.resume else new_run(given, args)
+    torch.set_num_threads(1)          # the networks are too small to share between cores
     device = torch.device("cpu" if args.device == "auto" else args.device)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__)
-    log("PPO on LunarLander-v3 · " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    log(f"device {device} · {sum(p.numel() for p in make_agent(config.hidden).parameters()):,} parameters · seed {config.seed} · expect: "
-        f"greedy above 200 after about 15 s, 280 at the end" + (f" · BROKEN: {config.broken}" if config.broken else ""))
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
+    out = args.out or HERE / "runs" / name
+    if not args.resume:
+        open_directory(out, config)
+
+    log = (lambda text: None) if args.quiet else tqdm.write
+    versions = dict(python=platform.python_version(), torch=torch.__version__,
+                    gymnasium=gym.__version__, numpy=np.__version__)
+    log("PPO · " + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f" · {device} · seed {config.seed}")
+    log("expect with the default settings: about a minute, and a greedy return of 280"
+        + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            write(args.out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another directory")
-    try:
-        result = train(config, args.out, device, log, bar=sys.stderr.isatty() and not args.quiet)
+        result = train(broken_config(config), out, device, log,
+                       bar=sys.stderr.isatty() and not args.quiet)
     except FloatingPointError as problem:
-        fail(problem)
+        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
-        kept = (args.out / "best.pt").exists()
-        print("\ninterrupted: " + (f"the best weights so far are {args.out / 'best.pt'}; go on with --resume {args.out}" if kept else
-                                    "no evaluation was reached, so there are no weights to keep"), file=sys.stderr)
-        raise SystemExit(130)
-    command = "python train_lunarlander.py" + "".join(f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))} {getattr(config, f.name)}"
-                                                      for f in fields(Config) if getattr(config, f.name) != f.default)
-    write(args.out / "eval.json", json.dumps({name: result[name] for name in ("greedy", "sampled")}, indent=1) + "\n")
-    write(args.out / "train.json", json.dumps(dict(command=command, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
-    plot_curve(args.out / "curve.png", args.out / "metrics.csv", config)
-    greedy = result["greedy"]
-    log(f"{'SOLVED' if greedy['mean'] >= SOLVED else 'NOT solved'}: best weights, {greedy['episodes']} fresh greedy flights: {greedy['mean']:.1f} ± "
-        f"{greedy['std']:.1f}, {greedy['fraction_solved']:.0%} at 200 or more; sampled {result['sampled']['mean']:.1f}")
-    log(f"{result['env_steps']:,} steps in {result['train_seconds']:.0f} s of training, and {result['eval_seconds']:.0f} s of evaluation")
-    log(f"weights, metrics and curve are in {args.out}")
-    log(f"Look at curve.png: the greedy curve runs ahead of the training curve. Then: python {HERE / 'lunarlander_eval.py'} "
-        f"--weights {args.out} --render human")
+        interrupted(out)
+    about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+    write(out / "train.json", json.dumps(about, indent=1) + "\n")
+    log(f"weights and tables are in {out}")
+    if not args.smoke:
+        start_judge(out, args)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+    except BrokenPipeError:                           # whoever read our output (head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)

@@ -197,9 +197,9 @@ def test_collect_keeps_the_final_observation_and_both_flags():
     assert batch["next_obs"][:, 0, :2].tolist() == [[0, 1], [0, 2], [0, 3], [1, 1], [1, 2], [1, 3], [2, 1]]
     assert batch["terminated"][:, 1].tolist() == [0, 0, 1, 0, 0, 0, 0] and batch["truncated"][:, 1].tolist() == [0, 0, 0, 0, 0, 1, 0]
     assert after[0, :2].tolist() == [2, 1]
-    returns, lengths = np.zeros(2), np.zeros(2, int)
-    assert train.finished_flights(batch, returns, lengths) == [(6.0, 3), (6.0, 3), (36.0, 3), (36.0, 3)]
-    assert returns.tolist() == [21, 21] and lengths.tolist() == [1, 1]
+    so_far = np.zeros((2, 2))
+    assert train.finished_flights(batch, so_far) == [(6.0, 3), (6.0, 3), (36.0, 3), (36.0, 3)]
+    assert so_far.tolist() == [[21, 1], [21, 1]]
 
 
 def test_actions_are_samples_of_the_softmax():
@@ -221,7 +221,7 @@ def test_the_first_minibatch_has_ratio_one():
     envs = SyncVectorEnv([Clock] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
     obs, _ = envs.reset(seed=0)
     batch, _ = train.collect(envs, obs, agent["actor"], 8, torch.Generator().manual_seed(0))
-    config = train.Config(epochs=1, minibatch=32, lr=1e-9)
+    config = train.Config(update_epochs=1, minibatch_size=32, lr=1e-9)
     result = train.update(agent, torch.optim.Adam(agent.parameters(), lr=1e-9), batch, config, torch.Generator().manual_seed(0))
     assert abs(result["approx_kl"]) < 1e-9 and result["clipfrac"] == 0 and result["gradient_steps"] == 1
     assert result["entropy"] == pytest.approx(np.log(4), abs=1e-3)
@@ -229,7 +229,7 @@ def test_the_first_minibatch_has_ratio_one():
 
 # ---- the scripts as they are used -----------------------------------------------------------------------------------
 
-SMALL = ["--total-steps", "6144", "--num-envs", "4", "--num-steps", "64", "--minibatch", "64", "--eval-every", "4", "--eval-episodes", "2", "--quiet"]
+SMALL = ["--updates", "24", "--num-envs", "4", "--num-steps", "64", "--minibatch-size", "64", "--eval-every", "4", "--eval-episodes", "2", "--quiet"]
 
 
 def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
@@ -256,16 +256,16 @@ def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
         assert torch.equal(a["agent"][name], b["agent"][name])
     for key in a["optimizer"]["state"]:
         assert all(torch.equal(a["optimizer"]["state"][key][n], b["optimizer"]["state"][key][n]) for n in ("step", "exp_avg", "exp_avg_sq"))
-    assert torch.equal(a["generator"], b["generator"]) and a["state"]["recent"] == b["state"]["recent"]
+    assert torch.equal(a["generator"], b["generator"]) and a["state"]["flights"] == b["state"]["flights"]
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", range(1, 16))                  # three updates of two rows and three files
+@pytest.mark.parametrize("moment", range(1, 16))                  # three checkpoints of five files
 def test_a_kill_before_any_write_changes_nothing(moment, tmp_path, monkeypatch):
-    config = train.Config(total_steps=96, num_envs=2, num_steps=16, minibatch=16, eval_every=1, eval_episodes=1)
+    config = train.Config(updates=3, num_envs=2, num_steps=16, minibatch_size=16, eval_every=1, eval_episodes=1)
     count = 0
 
     def go(out):
@@ -284,7 +284,6 @@ def test_a_kill_before_any_write_changes_nothing(moment, tmp_path, monkeypatch):
     go(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, "write", guard(train.write))
-        patch.setattr(train, "append_row", guard(train.append_row))
         go(tmp_path / "killed")
     go(tmp_path / "killed")
     for name in ("metrics.csv", "best.pt", "last.pt"):
@@ -292,7 +291,7 @@ def test_a_kill_before_any_write_changes_nothing(moment, tmp_path, monkeypatch):
 
 
 def test_a_short_run_beats_the_random_policy_by_far(tmp_path):
-    result = train.train(train.Config(seed=5, total_steps=204_800), tmp_path, torch.device("cpu"), lambda _: None)
+    result = train.train(train.Config(seed=5, updates=25), tmp_path, torch.device("cpu"), lambda _: None)
     assert result["best_eval"] > -80              # the random policy: about -180
 
 
@@ -303,51 +302,97 @@ def test_shipped_weights_meet_their_figures(tmp_path):
     assert greedy["episodes"] == 100 and greedy["mean"] >= 275 and greedy["fraction_solved"] >= 0.98
 
 
-def test_gif_and_comparison_without_a_display(tmp_path):
+def test_gif_without_a_display(tmp_path):
     from PIL import Image
     process = run(EVAL, "--render", "human", "--weights", "random", "--out", tmp_path / "x.gif")
     assert process.returncode == 0 and "No display" in process.stdout, process.stderr
     with Image.open(tmp_path / "x.gif") as picture:
         assert picture.n_frames > 10 and picture.size == (300, 200)
-    process = run(EVAL, "--compare", "random", FOLDER / "weights", "--episodes", "5", "--out", tmp_path / "c.png")
-    assert process.returncode == 0 and (tmp_path / "c.png").exists(), process.stderr
+
+
+def test_comparison_of_policies(tmp_path):
+    process = run(FOLDER / "study.py", "--compare", "random", FOLDER / "weights", "--episodes", "5", cwd=tmp_path)
+    assert process.returncode == 0 and (tmp_path / "compare.png").exists(), process.stderr
+
+
+def test_what_the_broken_variants_break():
+    batch = dict(terminated=torch.tensor([[0.0, 1, 0]]), truncated=torch.tensor([[0.0, 0, 1]]), rewards=torch.zeros(1, 3))
+    for name in train.BREAKS:
+        config = train.Config(broken=name)
+        got = train.sabotage(batch, config)["terminated"].tolist()
+        assert got == ([[0, 1, 1]] if name == "truncation-is-death" else [[0, 1, 0]]), name
+        changed = {f.name for f in train.fields(config) if getattr(config, f.name) != getattr(train.broken_config(config), f.name)}
+        assert changed == {"no-clip": {"clip_eps"}, "no-gae": {"gae_lambda"}, "one-epoch": {"update_epochs"}}.get(name, set()), name
+    assert train.broken_config(train.Config(broken="no-clip")).clip_eps == float("inf")
+    assert train.broken_config(train.Config(broken="no-gae")).gae_lambda == 1 and train.broken_config(train.Config(broken="one-epoch")).update_epochs == 1
+
+
+def test_without_the_normalisation_advantages_reach_the_loss_as_they_are(monkeypatch):
+    torch.manual_seed(0)
+    agent, seen = train.make_agent(8), []
+    envs = SyncVectorEnv([Clock] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, _ = envs.reset(seed=0)
+    batch, _ = train.collect(envs, obs, agent["actor"], 8, torch.Generator().manual_seed(0))
+    real = train.ppo_loss
+    monkeypatch.setattr(train, "ppo_loss", lambda logprobs, old, advantages, *rest: (seen.append(advantages), real(logprobs, old, advantages, *rest))[1])
+    for broken in ("", "no-adv-norm"):
+        config = train.Config(update_epochs=1, minibatch_size=32, broken=broken)
+        train.update(agent, torch.optim.Adam(agent.parameters(), lr=0.0), batch, config, torch.Generator().manual_seed(0))
+    assert abs(seen[0].mean()) < 1e-6 and seen[0].std() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(seen[0], (seen[1] - seen[1].mean()) / (seen[1].std() + 1e-8))
+
+
+def test_run_judges_a_finished_run_only(tmp_path):
+    assert_one_line_error(call(evaluation, "--run", tmp_path), "finished run")
+    assert run(TRAIN, "--smoke", "--seed", 3, "--out", tmp_path / "run").returncode == 0
+    assert not (tmp_path / "run" / "eval.json").exists()          # a smoke run is not judged
+    process = call(evaluation, "--run", tmp_path / "run")
+    assert process.returncode == 0 and "SOLVED" in process.stdout.upper() and "--render human" in process.stdout
+    assert set(json.loads((tmp_path / "run" / "eval.json").read_text())) == {"greedy", "sampled"}
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000
+
+
+def test_latest_passes_over_smoke_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    assert_one_line_error(call(train, "--resume", "latest"), "no run")
+    for age, name in enumerate(("20260101-000000_seed1", "20260101-000001_seed1", "20260101-000002_seed1_smoke")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "checkpoint.pt").write_bytes(b"")
+        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (age, age))
+    assert train.newest_run("checkpoint.pt").name == "20260101-000001_seed1"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
-    assert run(TRAIN, *SMALL, "--total-steps", "1024", "--out", tmp_path / "run").returncode == 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text()) | dict(total_steps=4096)
+    assert run(TRAIN, *SMALL, "--updates", "4", "--out", tmp_path / "run").returncode == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text()) | dict(updates=16)
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     saved["agent"]["actor.4.bias"][0] = float("nan")
     torch.save(saved, tmp_path / "run" / "checkpoint.pt")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "run"), "not finite", "update 5", "checkpoint")
+    assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "run"), "not finite", "--lr", "intact")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--lr", "0"], ["--lr", "above 0"]), (["--gamma", "1.01"], ["--gamma"]), (["--gae-lambda", "-1"], ["--gae-lambda"]),
-    (["--clip", "0"], ["--clip"]), (["--epochs", "0"], ["--epochs"]), (["--num-envs", "0"], ["--num-envs"]), (["--steps", "1"], ["--help"]),
-    (["--break", "all"], ["no-clip"]), (["--total-steps", "0"], ["--total-steps"]), (["--minibatch", "1"], ["--minibatch"]),
-    (["--num-envs", "1", "--num-steps", "17", "--minibatch", "16"], ["one row"]), (["--num-steps", "1"], ["--total-steps", "seeds"])])
+    (["--clip-eps", "0"], ["--clip-eps"]), (["--update-epochs", "0"], ["--update-epochs"]), (["--num-envs", "0"], ["--num-envs"]), (["--steps", "1"], ["--help"]),
+    (["--break", "all"], ["no-clip"]), (["--updates", "0"], ["--updates"]), (["--minibatch-size", "1"], ["--minibatch-size"]),
+    (["--num-envs", "1", "--num-steps", "17", "--minibatch-size", "16"], ["one row"]), (["--updates", "20000"], ["--updates", "seeds"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_resume_refuses_what_is_not_its_run(tmp_path):
-    assert_one_line_error(call(train, "--resume", tmp_path / "nowhere"), "no such directory")
+    assert_one_line_error(call(train, "--resume", tmp_path / "nowhere"), "config.json")
     assert_one_line_error(call(train, "--resume", tmp_path), "config.json")
     config = {f.name: f.default for f in train.fields(train.Config)}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_one_line_error(call(train, "--resume", tmp_path), "checkpoint")
-    assert_one_line_error(call(train, "--resume", tmp_path, "--gamma", "0.9"), "gamma", "0.9", "0.999")
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "clip"}))
-    assert_one_line_error(call(train, "--resume", tmp_path), "clip", "missing")
-    (tmp_path / "config.json").write_text("3")
-    assert_one_line_error(call(train, "--resume", tmp_path), "config.json")
-    (tmp_path / "config.json").write_text(json.dumps(config | dict(num_envs="many")))
-    assert_one_line_error(call(train, "--resume", tmp_path), "num_envs", "many")
+    for flags in (["--gamma", "0.999"], ["--smoke"], ["--out", str(tmp_path / "other")]):
+        assert_one_line_error(call(train, "--resume", tmp_path, *flags), "--device", "--quiet")
+    for broken in ({k: v for k, v in config.items() if k != "clip_eps"} | dict(clip=0.2), 3, config | dict(num_envs="many"), config | dict(gamma=2.0)):
+        (tmp_path / "config.json").write_text(json.dumps(broken))
+        assert_one_line_error(call(train, "--resume", tmp_path))
     for content in (b"", b"garbage"):
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "checkpoint.pt").write_bytes(content)

@@ -25,7 +25,7 @@ TARGET, EVERY = 200.0, 65_536
 
 def run_ours(seed, total_steps):
     """(seconds and steps to the target, steps per second, final greedy mean of 100 flights)."""
-    config = ours.Config(seed=seed, total_steps=total_steps)
+    config = ours.Config(seed=seed)
     torch.manual_seed(seed)
     agent = ours.make_agent(config.hidden)
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
@@ -99,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--our-steps", type=int, default=ours.Config().total_steps)
+    parser.add_argument("--our-steps", type=int, default=1_500_000)
     parser.add_argument("--their-steps", type=int, default=1_000_000)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
