@@ -618,7 +618,7 @@ def describe(config, accelerator, batch):
 
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (models, files,
-# ==== checks, command line). Nothing below changes what is learnt. ===============================
+# ==== checks, command line). You do not need it to understand the algorithm. =====================
 
 # ---- models and prompts -----------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Makes what the GSM8K lesson starts from: word problems in GSM8K's format, and a small model that solves some of them.
 
-    python make_base_model.py            15 minutes on two slow cores; writes weights/base and data/
+    python make_base_models.py            15 minutes on two slow cores; writes weights/base and data/
 
 world.json holds 48 situations (eight of them held out) in which a quantity changes two to five times: something is added, taken away, multiplied or shared
 equally, and half of the problems mention a number that has nothing to do with it. An answer is working, line by line as in GSM8K, then the result:
@@ -155,7 +155,7 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
@@ -192,7 +192,7 @@ def main():
             (out / name).mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         fail(f"--out {out} cannot be written ({problem.strerror}); choose another directory")
-    # Each set has a random stream of its own. The model's training draws from another one, and 10^10 different problems make repeats unlikely
+    # Each set has a random stream of its own. The model's training samples from another one, and 10^10 different problems make repeats unlikely
     for number, (name, situations, first, count) in enumerate((("train", seen, SMALL, 16_000), ("test", seen, SMALL, 500), ("held_out", held_out, SMALL, 500), ("large", seen, LARGE, 500))):
         rng = np.random.default_rng([args.seed, number])
         problems = [make_problem(world, situations, rng, first) for _ in range(8 if args.smoke else count)]
@@ -207,8 +207,8 @@ def main():
     model.half().save_pretrained(beside)                          # half precision: half the size; loaded as fp32
     tokenizer.save_pretrained(beside)
     flags = "".join(f" --{name} {getattr(args, name)}" for name in ("updates", "batch", "seed") if getattr(args, name) != parser.get_default(name))
-    write(beside / "README.md", "---\nlicense: mit\n---\nA toy: solves small word problems, sometimes. Made by `python make_base_model.py` for the GSM8K lesson; of no other use.\n")
-    write(beside / "train.json", json.dumps(dict(command="python make_base_model.py" + flags, seed=args.seed, updates=args.updates, loss=loss, versions=dict(
+    write(beside / "README.md", "---\nlicense: mit\n---\nA toy: solves small word problems, sometimes. Made by `python make_base_models.py` for the GSM8K lesson; of no other use.\n")
+    write(beside / "train.json", json.dumps(dict(command="python make_base_models.py" + flags, seed=args.seed, updates=args.updates, loss=loss, versions=dict(
         python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)), indent=1) + "\n")
     shutil.rmtree(out / "weights" / "base", ignore_errors=True)
     beside.rename(out / "weights" / "base")

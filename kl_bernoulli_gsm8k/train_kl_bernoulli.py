@@ -1,602 +1,765 @@
-"""Bernoulli-KL path training on word problems: train only on correct reasoning paths, and compare with Dr. GRPO on equal terms.
+"""Bernoulli-KL path training on word problems: learn from correct answers only, against Dr. GRPO.
 
-    python train_kl_bernoulli.py                                   Dr. GRPO, 6 minutes on one core; expect: greedy 45 → 55-57 % of new problems
-    python train_kl_bernoulli.py --preset gsm8k_0                  the thesis's first objective (§3.1); other presets: --help
-    python train_kl_bernoulli.py --full-size --preset gsm8k_0      Qwen3-4B-Thinking on GSM8K, with the thesis's settings (GPUs)
-    accelerate launch train_kl_bernoulli.py                        the same on several GPUs
+    python train_kl_bernoulli.py                                 Dr. GRPO, 6 minutes on one core
+    python train_kl_bernoulli.py --preset gsm8k_0                the thesis's first method (§3.1)
+    python train_kl_bernoulli.py --full-size --preset gsm8k_0    Qwen3-4B-Thinking on GSM8K (GPUs)
+    accelerate launch train_kl_bernoulli.py                      several processes or GPUs
+
+Expect greedy accuracy on new problems to rise from 45 % to 55 % or more.
 
 The algorithm
     repeat
-        draw answers to a batch of problems, at temperature 1                                        generate
-        reward 1 if the number behind #### is right, else 0                                          reward_of
-        of every token drawn: p, its probability, and P, that of the most likely token              Eq. 1      token_terms
-        one AdamW step on the loss of the method                                                     Eq. 2-5    kl_loss, half_loss, token_losses
+        sample answers to a batch of problems                                  generate
+        reward 1 if the number after #### is right, else 0                     reward_of
+        log p of each token that was sampled, log P of the likeliest  Eq. 1    token_terms
+        the loss of the method, token by token                        Eq. 2, 3 kl_loss, half_loss
+        one AdamW step on their weighted sum                          Eq. 4, 5 sequence_weights
 
 The equations (README.md explains them; §3.1 to §3.3 are sections of the thesis)
-    Eq. 1   log(1 − p) = logsumexp(all other logits) − logsumexp(all logits)                         exact; log1p(−exp(log p)) is not
-    Eq. 2   ℓ_t = P·log(P/p) + (1 − P)·log((1 − P)/(1 − p))                                          KL of two coins, §3.1 and §3.2
-    Eq. 3   ℓ_t = −½·(log p + log(1 − p)) + log ½                                                    the same with the target ½, §3.3
-    Eq. 4   L = Σ_{i correct} mean_t ℓ_it / N − c·H                                                  N: all sequences (§3.1) or the correct ones (§3.2, §3.3)
-    Eq. 5   Dr. GRPO:  L = −Σ_i Σ_t (r_i − mean r)·log π(y_it|…) / (B·L_max) − c·H                   mean over the k answers to one problem
+    Eq. 1   log(1 − p) = logsumexp(all other logits) − logsumexp(all logits)
+    Eq. 2   ℓ_t = P·log(P/p) + (1 − P)·log((1 − P)/(1 − p))    KL of two coins (§3.1, §3.2)
+    Eq. 3   ℓ_t = −½·(log p + log(1 − p)) + log ½              the same, with target ½ (§3.3)
+    Eq. 4   L = Σ_{i correct} mean_t ℓ_it / N − c·H            N: all answers (§3.1), or the
+                                                               correct ones (§3.2, §3.3)
+    Eq. 5   L = −Σ_i Σ_t (r_i − mean r)·log p_it / (B·L_max) − c·H                Dr. GRPO;
+            mean r: over the G answers to one problem. H is the mean entropy of a token
 
-New since the RLHF lesson: a reward that is checked, not learned; greedy accuracy as the measure; losses that look at the whole distribution of a token.
-Deliberately left out: a reference model (no way of writing earns a reward but the right number), several epochs on a batch and with them ratio and clip.
+New since the RLHF lesson: a reward that is checked, not learned; greedy accuracy as the measure;
+losses that look at the whole distribution of a token.
+Deliberately left out: a reference model (no way of writing earns a reward, only the right number
+does); several epochs on a batch, and with them the ratio and the clip.
 
-Sources: J. Byun, Exploring Paths in Probabilistic Graphs for Model Training (thesis, 2025); Dr. GRPO arXiv 2503.20783; GSM8K arXiv 2110.14168. Shapes: P problems
-of T tokens, k answers each, B = P·k answers of L tokens, V vocabulary.
+Sources: J. Byun, Exploring Paths in Probabilistic Graphs for Model Training (thesis, 2025);
+Dr. GRPO arXiv 2503.20783; GSM8K arXiv 2110.14168.
+Shapes: P problems of T tokens; G answers to each; B = P·G answers of at most L tokens; V
+vocabulary; D numbers in a hidden state; n tokens of several answers in one row.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "numpy==2.4.6",
+#                 "tqdm==4.70.1"]
 # ///
 import argparse
 import contextlib
 import csv
-import hashlib
-import http.client
 import importlib.util
 import io
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
+METHODS = ("kl_batch", "kl_correct", "fixed_half", "dr_grpo")
 BREAKS = ("substring-reward", "naive-log1mp", "train-on-wrong", "per-rank-mean")
-LOADING = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, pickle.UnpicklingError, SafetensorError)
-GSM8K = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
-GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: its default, the text that `--help` shows, and the range of its values (above, low, high) or its choices."""
+    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
 class Config:
-    method: str = hp("dr_grpo", "kl_batch (§3.1: sum over correct ÷ all sequences), kl_correct (§3.2: ÷ correct ones), fixed_half (§3.3), dr_grpo", choices=("kl_batch", "kl_correct", "fixed_half", "dr_grpo"))
-    half_tokens: str = hp("confident", "fixed_half on: confident, tokens with p > ½ (the thesis's code); all (its formula)", choices=("confident", "all"))
-    detach_max: bool = hp(False, "kl_*: no gradient through P, the probability of the most likely token")
-    entropy_coef: float = hp(0.0, "c in loss − c·H. Negative: entropy is punished (−0.1 in the thesis's _0_1 variants)")
-    seed: int = hp(1, "seeds the problems and answers drawn; same seed, same run on one CPU", low=0, high=2**31)
-    device: str = hp("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
-    model: str = hp("", "path or hub name of the model to train (default: the small one in weights/base)")
-    data: str = hp("", "gsm8k: the official files; or a directory with train.jsonl and test.jsonl (default: data, the small model's own problems)")
-    data_dir: str = hp("", "where the official files are; they are downloaded if they are not there (default: gsm8k beside the script)")
-    instruction: str = hp("", "put behind each question (default: none for the small problems; for gsm8k, to think and to end with ####)")
-    steps: int = hp(100, "updates", low=1)
-    sequences: int = hp(512, "B, answers per update, over all processes", low=1)
-    k: int = hp(0, "answers per problem (default: 4 for dr_grpo, 1 otherwise)", low=0)
-    lr: float = hp(1e-4, "AdamW's step size. Too high (4e-4): greedy accuracy falls. 1e-6 for 4 B parameters", above=0)
-    weight_decay: float = hp(0.01, "AdamW's", low=0)
-    grad_clip: float = hp(1.0, "gradient norm above which a step is shortened", above=0)
-    temperature: float = hp(1.0, "logits are divided by it, alike when drawing and when training", above=0)
-    max_new_tokens: int = hp(40, "tokens after which an answer is cut off", low=1)
-    draw_batch: int = hp(512, "answers drawn at a time; smaller: less memory for keys and values, more time", low=1)
-    micro_batch: int = hp(64, "answers per forward pass of the update; changes memory and speed, not the result", low=1)
-    token_chunk: int = hp(4096, "tokens whose logits are held at a time; smaller: less memory, more time", low=1)
-    gradient_checkpointing: bool = hp(False, "less memory, more time: activations are computed again on the way back")
-    test_every: int = hp(5, "updates between two greedy tests, each with a checkpoint", low=1)
-    test_problems: int = hp(200, "problems of a greedy test during training; the final evaluation takes all", low=1)
-    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break", choices=("", *BREAKS))
+    # What is trained, and on what
+    seed: int = hp(1, "same seed, same run on one CPU", low=0, high=2**31 - 1)
+    model: str = hp("", "model to train: path or hub name (default: weights/base)")
+    data: str = hp("", "gsm8k, or a directory with train.jsonl and test.jsonl (default: data)")
+    data_dir: str = hp("", "where the official files are (default: gsm8k beside the script)")
+    instruction: str = hp("", "put after each question (for gsm8k, one that asks for ####)")
+    # The method
+    # kl_batch: the sum over correct answers, divided by all; kl_correct: by the correct ones
+    method: str = hp("dr_grpo", "kl_batch §3.1, kl_correct §3.2, fixed_half §3.3", choices=METHODS)
+    half_tokens: str = hp("confident", "fixed_half on: confident, tokens with p > ½ (the thesis's "
+                          "code); all (its formula)", choices=("confident", "all"))
+    detach_max: bool = hp(False, "kl_*: no gradient through P, that of the likeliest token")
+    ent_coef: float = hp(0.0, "c in loss − c·H. Negative: entropy is punished (the thesis: −0.1)")
+    # Sampling
+    updates: int = hp(100, "batches of answers. Too many: entropy is gone, nothing moves", low=1)
+    batch_size: int = hp(512, "B, answers per update. Too low: noisy. Too high: slow", low=1)
+    group_size: int = hp(4, "G, answers per problem; 1 if the method is not dr_grpo", low=1)
+    max_new_tokens: int = hp(40, "L_max, tokens after which an answer is cut off", low=1)
+    temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", above=0)
+    sampling_batch: int = hp(512, "answers sampled at a time: memory for keys and values", low=1)
+    # The optimizer
+    lr: float = hp(1e-4, "α, AdamW's step size. Too high: accuracy falls. 4 B: 1e-6", above=0)
+    weight_decay: float = hp(0.01, "AdamW's pull towards 0, as in the thesis", low=0)
+    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", above=0)
+    micro_batch: int = hp(64, "answers per forward pass: memory and speed, not the result", low=1)
+    token_chunk: int = hp(4096, "tokens whose logits are held at a time: memory and speed", low=1)
+    gradient_checkpointing: bool = hp(False, "less memory, more time")
+    # For the reader
+    eval_every: int = hp(5, "updates between two greedy tests, each with a checkpoint", low=1)
+    eval_problems: int = hp(200, "problems of a greedy test; the eval script takes all", low=1)
+    broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
+                     choices=("", *BREAKS))
 
 
-PRESETS = {"gsm8k_reinforce": dict(method="dr_grpo"), "gsm8k_0": dict(method="kl_batch"), "gsm8k_0_1": dict(method="kl_batch", entropy_coef=-0.1),
-           "gsm8k_0p5_0": dict(method="fixed_half"), "gsm8k_0p5_0_1": dict(method="fixed_half", entropy_coef=-0.1), "gsm8k_0p5_test": dict(method="fixed_half", sequences=16)}
-FULL_SIZE = dict(model="Qwen/Qwen3-4B-Thinking-2507", data="gsm8k", steps=150 * 14, lr=1e-6, max_new_tokens=8192, draw_batch=8, micro_batch=1, token_chunk=1024, gradient_checkpointing=True, test_problems=1319)
+# The names of the thesis's scripts, and its settings
+PRESETS = {"gsm8k_reinforce": dict(method="dr_grpo"),
+           "gsm8k_0": dict(method="kl_batch"),
+           "gsm8k_0_1": dict(method="kl_batch", ent_coef=-0.1),
+           "gsm8k_0p5_0": dict(method="fixed_half"),
+           "gsm8k_0p5_0_1": dict(method="fixed_half", ent_coef=-0.1),
+           "gsm8k_0p5_test": dict(method="fixed_half", batch_size=16)}
+FULL_SIZE = dict(model="Qwen/Qwen3-4B-Thinking-2507", data="gsm8k", updates=150 * 14, lr=1e-6,
+                 max_new_tokens=8192, sampling_batch=8, micro_batch=1, token_chunk=1024,
+                 gradient_checkpointing=True, eval_problems=1319)
 
 
-# ---- the task: problems, and the reward that checks -----------------------------------------------------------------
+# ---- the task: word problems, and a reward that checks ------------------------------------------
+
+class Problem(NamedTuple):
+    question: str
+    result: Fraction      # the right number, exactly
+    steps: int            # calculations that it takes
+
+
+# A number as people write it
+NUMBER = re.compile(r"(-?)\$?\s*(-?)"                                  # -5, $5, -$5, $-5
+                    r"((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"    # 1,080, 1080, 5.00, .5
+                    r"\s*\.?", re.ASCII)                               # the end of a sentence
+
 
 def number_of(text):
-    """The number that a text is, exactly: "1,080" = 1080, "$5.00" = 5, "-3.5."; None for anything else, such as "5 apples" or "1,08"."""
-    match = re.fullmatch(r"(-?)\$?\s*(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)\s*\.?", text.strip(), re.ASCII)
-    if not match or match[1] and match[2] or len(match[3]) > 1000:                                  # Python itself refuses to read more than 4,300 digits
+    """The number that a text is, exactly (a Fraction); None if it is anything else.
+
+    Examples: "1,080" -> 1080, "$5.00" -> 5, "-3.5." -> −7/2; "5 apples", "1,08" -> None
+    """
+    match = NUMBER.fullmatch(text.strip())
+    if match is None:
         return None
-    return Fraction(match[3].replace(",", "")) * (-1 if match[1] or match[2] else 1)
+    sign, late_sign, digits = match.groups()
+    if sign and late_sign or len(digits) > 1000:      # Python refuses to read 4,300 digits
+        return None
+    value = Fraction(digits.replace(",", ""))
+    return -value if sign or late_sign else value
 
 
 def result_of(text, thinks):
-    """The number an answer ends with: what stands behind the last </think> and the last ####. None without one; and, if the model thinks, without the end of its thoughts."""
+    """The number after the last #### of an answer; None without one.
+
+    Only what stands after the last </think> counts. thinks: the prompt opened <think>, so an answer
+    without </think> has only thought, and said nothing.
+    """
     thought, end, said = text.rpartition("</think>")
-    before, mark, result = (said if end or not thinks else "").rpartition("####")
+    if thinks and not end:
+        return None
+    before, mark, result = said.rpartition("####")
     return number_of(result) if mark else None
 
 
 def reward_of(text, result, thinks, substring=False):
     """1.0 if the answer's number equals `result` (a Fraction), else 0.0."""
-    if substring:                                                 # BREAK: "15" contains "5"
+    if substring:                                     # BREAK: "15" contains "5"
         return float(str(result) in text.rpartition("</think>")[2])
     return float(result_of(text, thinks) == result)
 
 
-def read_problems(path):
-    """[(question, result as a Fraction, steps)] from JSON Lines with question and answer, where the result stands behind ####; steps: calculations in the answer."""
-    try:
-        text = path.read_text(encoding="utf8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        fail(f"data file {path} cannot be read ({type(problem).__name__}); it must hold one JSON object per line")
-    if not text:
-        fail(f"data file {path} is empty; it needs one JSON object per line")
-    problems = []
-    for number, line in enumerate(text.split("\n"), 1):           # not splitlines(), which breaks at other characters too
-        try:
-            record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()       # half a surrogate pair is no text
-        except (ValueError, RecursionError):
-            fail(f"{path}, line {number}: no valid JSON")
-        for key in ("question", "answer"):
-            if not isinstance(record, dict) or not isinstance(record.get(key), str) or not record[key].strip():
-                fail(f"{path}, line {number}: {key} is missing or no text")
-        if "####" not in record["answer"]:
-            fail(f"{path}, line {number}: the answer has no ####, behind which the result is expected")
-        result = result_of(record["answer"], thinks=False)
-        if result is None:
-            fail(f"{path}, line {number}: what stands behind #### is no number: {record['answer'].rpartition('####')[2].strip()[:40]!r}")
-        problems.append((record["question"], result, record["answer"].count("<<") or record["answer"].count("=")))         # GSM8K writes 16-3=<<16-3=13>>13
-    return problems
-
-
-def load_problems(config):
-    """(training problems, test problems). The official GSM8K files are downloaded where they are missing, and checked."""
-    if config.model == "random":
-        return [("1 or 2 ?", Fraction(1 + k % 2), 1) for k in range(64)], [("1 or 2 ?", Fraction(1), 1)]
-    directory = Path(config.data) if config.data not in ("", "gsm8k") else HERE / "data"
-    if config.data == "gsm8k":
-        directory = Path(config.data_dir) if config.data_dir else HERE / "gsm8k"
-        for name, checksum in GSM8K.items():
-            if not (directory / name).exists():
-                try:
-                    with urllib.request.urlopen(GSM8K_URL + name, timeout=30) as answer:
-                        content = answer.read()
-                except (OSError, http.client.HTTPException):
-                    fail(f"--data gsm8k: {directory / name} is missing and cannot be downloaded; put the official file there, or say where it is with --data-dir")
-                if hashlib.sha256(content).hexdigest() != checksum:
-                    fail(f"--data gsm8k: the downloaded {name} is not the official file (its SHA-256 differs); it was not kept")
-                try:
-                    directory.mkdir(parents=True, exist_ok=True)
-                    write(directory / name, content)
-                except OSError as problem:
-                    fail(f"--data-dir {directory} cannot be written ({problem.strerror}); choose another directory")
-    return read_problems(directory / "train.jsonl"), read_problems(directory / "test.jsonl")
-
-
-# ---- the model ------------------------------------------------------------------------------------------------------
-
-def load_policy(name):
-    """(model, tokenizer) from a path or a hub name; "random": tiny and untrained, for --smoke."""
-    if name == "random":
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        words = Tokenizer(models.WordLevel({"<|end|>": 0, "<unk>": 1, "####": 2, "1": 3, "2": 4}, unk_token="<unk>"))      # so few that some answers are right by luck
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>", pad_token="<|end|>", unk_token="<unk>")
-        return GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=None, eos_token_id=0, pad_token_id=0)), tokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # fp32 master weights everywhere; Accelerate's mixed precision does the arithmetic in bf16 on CUDA
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except LOADING as problem:
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a Hugging Face model, or a hub name while the hub can be reached")
+def load_policy(config):
+    """(model, tokenizer) that training starts from: in fp32, without dropout."""
+    model, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "base")
     if tokenizer.eos_token_id is None:
-        fail(f"model {name}: its tokenizer has no end-of-sequence token, so an answer would have no end; choose another one")
-    return model, tokenizer
+        fail(f"model {config.model}: its tokenizer has no end-of-sequence token, so an answer "
+             "would have no end; choose another one")
+    # The policy that samples and the one that is trained must be the same function
+    remove_dropout(model)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+    return model.eval(), tokenizer
+
+
+def remove_dropout(model):
+    """Sets every dropout probability to 0, so that train() and eval() compute the same."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            is_dropout = "drop" in name or name == "p" and isinstance(module, torch.nn.Dropout)
+            if is_dropout and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def prompt_text(tokenizer, question, instruction):
-    """A question in the model's own chat format if it has one. A format that ends in <think> belongs to a model that thinks first."""
-    question = f"{question}\n{instruction}" if instruction else question
-    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False) if tokenizer.chat_template else question + "\n"
+    """A question in the model's own chat format, if it has one.
+
+    A format that ends in <think> belongs to a model that thinks before it answers.
+    """
+    if instruction:
+        question = f"{question}\n{instruction}"
+    if not tokenizer.chat_template:
+        return question + "\n"
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
 def prompt_tokens(tokenizer, prompts):
-    """(ids [P, T], mask [P, T]) of prompt_text's results; padded on the LEFT, so that every answer begins in one column."""
+    """Texts of prompt_text as (ids [P, T], mask [P, T]).
+
+    Padded on the LEFT, so that all answers begin in the same column.
+    """
     rows = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    T, pad_id = max(map(len, rows)), tokenizer.eos_token_id       # which token pads does not matter: masks come from lengths
-    return torch.tensor([[pad_id] * (T - len(row)) + row for row in rows]), torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+    T = max(len(row) for row in rows)
+    # Which token pads does not matter: masks come from lengths, never from `ids != pad`
+    pad = tokenizer.eos_token_id
+    ids = [[pad] * (T - len(row)) + row for row in rows]
+    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
-    """The B answers as text, without special tokens but with </think>, which some tokenizers call special."""
-    end, mark = tokenizer.convert_tokens_to_ids("</think>"), "</think>"
+    """The B answers as text, without special tokens; but </think> stays, special or not."""
+    dropped = {number for number, token in tokenizer.added_tokens_decoder.items()
+               if token.special and token.content != "</think>"}
     texts = []
     for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu()):
-        parts, ids = [[]], ids[mask > 0].tolist()
-        for token in ids:
-            parts.append([]) if token == end and end != tokenizer.unk_token_id else parts[-1].append(token)
-        texts.append(mark.join(tokenizer.decode(part, skip_special_tokens=True) for part in parts))
+        kept = [token for token in ids[mask > 0].tolist() if token not in dropped]
+        texts.append(tokenizer.decode(kept))
     return texts
 
 
-# ---- the mathematics ------------------------------------------------------------------------------------------------
+# ---- the mathematics: tensors in, tensors out -------------------------------------------------
+
+class TokenTerms(NamedTuple):
+    """What the losses look at: n tokens, each field [n], in nats."""
+    logp: torch.Tensor        # log p of the token that was sampled
+    log1mp: torch.Tensor      # log(1 − p)
+    logP: torch.Tensor        # log P of the most likely token at the same place
+    log1mP: torch.Tensor      # log(1 − P)
+    entropy: torch.Tensor     # of the whole distribution
+
 
 def token_terms(logits, ids, naive=False):
-    """Of every token, from fp32 logits [n, V] and ids [n]: log p and log(1 − p) of the token drawn, log P and log(1 − P) of the most likely one, entropy; each [n], nats."""
-    total = logits.logsumexp(dim=-1)
-    top = logits.argmax(dim=-1)
+    """TokenTerms from fp32 logits [n, V] and the tokens that were sampled, ids [n].
 
-    def of(token):
-        logp = logits.gather(-1, token[:, None])[:, 0] - total
-        if naive:                                                 # BREAK: p rounds to 1 from a gap of about 17 on; log(1 − p) is −inf and its gradient not a number
-            return logp, torch.log1p(-logp.exp())
-        # Eq. 1   what the other tokens have together. No rounding, no clamp, and a gradient at any gap
-        return logp, logits.scatter(-1, token[:, None], -math.inf).logsumexp(dim=-1) - total
-    logp_all = logits - total[:, None]                            # [n, V]
-    return *of(ids), *of(top), -(logp_all.exp() * logp_all).sum(dim=-1)
+    Example, V = 3: probabilities [.7, .2, .1], the second token was sampled
+        -> p = .2, 1 − p = .8, P = .7, 1 − P = .3
+    """
+    total = logits.logsumexp(dim=-1)                                    # [n]
+    likeliest = logits.argmax(dim=-1)                                   # [n]
+    log_all = logits - total[:, None]                                   # [n, V]
+    logp, log1mp = coin(logits, total, ids, naive)
+    logP, log1mP = coin(logits, total, likeliest, naive)
+    entropy = -(log_all.exp() * log_all).sum(dim=-1)                    # [n]
+    return TokenTerms(logp, log1mp, logP, log1mP, entropy)
+
+
+def coin(logits, total, ids, naive):
+    """A coin for each row: (log of the probability of token ids, log of that of all others) [n]."""
+    logp = logits.gather(-1, ids[:, None])[:, 0] - total                # [n]
+    if naive:                     # BREAK: p rounds to 1 where a logit leads by 17 or more; then
+        return logp, torch.log1p(-logp.exp())         # log(1 − p) is −inf, its gradient no number
+    # Eq. 1  what the other tokens have together: no rounding, and a gradient at any lead
+    others = logits.scatter(-1, ids[:, None], -math.inf)                # [n, V]
+    return logp, others.logsumexp(dim=-1) - total
 
 
 def kl_loss(logp, log1mp, logP, log1mP, detach):
-    """Eq. 2 per token. The two coins: the token drawn comes up with p, the most likely one with P.
+    """Eq. 2 per token [n]: KL of the coin p (the sampled token) from the coin P (the likeliest).
 
-    Where the token drawn is the most likely one, the loss and its gradient are 0. Elsewhere p and P are pulled together until they are equal, and no further.
+    Where the sampled token is the likeliest, loss and gradient are 0. Elsewhere p and P are pulled
+    together until they are equal, and no further.
     """
-    if detach:                                                    # then P is a target that stands still, and only p moves towards it
+    if detach:                    # P becomes a target that stands still; only p moves towards it
         logP, log1mP = logP.detach(), log1mP.detach()
-    # Eq. 2   no division by p or 1 − p, which may be 0 in fp32: differences of logarithms
-    return logP.exp() * (logP - logp) + log1mP.exp() * (log1mP - log1mp)
+    # Eq. 2  differences of logarithms, because p and 1 − p may be 0 in fp32
+    heads = logP.exp() * (logP - logp)                                  # [n]
+    tails = log1mP.exp() * (log1mP - log1mp)                            # [n]
+    return heads + tails
 
 
 def half_loss(logp, log1mp, tokens):
-    """Eq. 3 per token: at least 0, and 0 at p = ½; its gradient by the token's logit is p − ½. tokens "confident": only where p > ½, so p is only pushed DOWN."""
+    """Eq. 3 per token [n]: 0 at p = ½, else above. Its gradient by the token's logit is p − ½.
+
+    tokens "confident": only where p > ½, so that p is only ever pushed DOWN.
+    """
     # Eq. 3
-    loss = -0.5 * (logp + log1mp) + math.log(0.5)
+    loss = -0.5 * (logp + log1mp) + math.log(0.5)                       # [n]
     return loss * (logp > math.log(0.5)) if tokens == "confident" else loss
 
 
-def centred_rewards(rewards, k):
-    """r − mean r over the k answers to each problem [P·k]; no division by the std, which is the "Dr." in Dr. GRPO. Example, k = 4: [1, 0, 0, 0] -> [.75, −.25, −.25, −.25]."""
-    grouped = rewards.view(-1, k)
-    return (grouped - grouped.mean(dim=1, keepdim=True)).flatten()
+def token_losses(config, terms):
+    """The loss of each token [n], before weights and without the entropy."""
+    if config.method == "dr_grpo":
+        return -terms.logp                            # Eq. 5  the advantage is in the weight
+    if config.method == "fixed_half":
+        return half_loss(terms.logp, terms.log1mp, config.half_tokens)
+    return kl_loss(terms.logp, terms.log1mp, terms.logP, terms.log1mP, config.detach_max)
+
+
+def centred_rewards(rewards, group_size):
+    """r − mean r over the G answers to each problem [P·G].
+
+    Not divided by the standard deviation: that is one half of the "Dr." in Dr. GRPO.
+    Example, G = 4: [1, 0, 0, 0] -> [.75, −.25, −.25, −.25]
+    """
+    grouped = rewards.view(-1, group_size)                              # [P, G]
+    return (grouped - grouped.mean(dim=1, keepdim=True)).flatten()      # [P·G]
 
 
 def sequence_weights(config, rewards, mask, sequences, correct):
-    """[B, L] the weight of every token's loss, so that losses of parts simply add up (Eq. 4, 5). sequences, correct: how many the WHOLE batch has, over all processes."""
-    if config.method == "dr_grpo":
-        # Eq. 5   the same constant for every token: a long answer is not favoured
-        return centred_rewards(rewards, config.k)[:, None] * mask / (sequences * config.max_new_tokens)
-    # No baseline and no advantage: a reward of 1 or 0 says whether the path counts at all
-    used = torch.ones_like(rewards) if config.broken == "train-on-wrong" else rewards              # BREAK, if ones: wrong paths count too
-    # Eq. 4   a mean over the tokens of a correct sequence, then over all sequences (§3.1) or the correct ones (§3.2, §3.3)
-    return (used / (sequences if config.method == "kl_batch" else max(1, correct)))[:, None] * mask / mask.sum(dim=1, keepdim=True)
+    """What the loss of each token counts [B, L]; rewards [B], mask [B, L].
 
-
-def token_losses(config, terms):
-    """The loss of each token [n] before weights, without the entropy term."""
-    logp, log1mp, logP, log1mP, _ = terms
-    if config.method == "dr_grpo":
-        return -logp                                              # Eq. 5   the advantage is in the weight
-    return half_loss(logp, log1mp, config.half_tokens) if config.method == "fixed_half" else kl_loss(logp, log1mp, logP, log1mP, config.detach_max)
-
-
-# ---- drawing and training on answers --------------------------------------------------------------------------------
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, with room for `longest` more tokens: the library's own layer copies all of them for every new token."""
-    def __init__(self, layer, longest):
-        super().__init__()
-        self.store = [torch.nn.functional.pad(x, (0, 0, 0, longest)) for x in (layer.keys, layer.values)]     # 2 × [B, heads, T + longest, D]
-        self.used, self.is_initialized = layer.keys.shape[2], True
-
-    def update(self, keys, values, *_, **__):
-        for store, new in zip(self.store, (keys, values)):
-            store[:, :, self.used:self.used + new.shape[2]] = new
-        self.used += keys.shape[2]
-        return tuple(store[:, :, :self.used] for store in self.store)
-
-    def get_seq_length(self):
-        return self.used
-
-    def batch_repeat_interleave(self, repeats):
-        self.store = [store.repeat_interleave(repeats, dim=0) for store in self.store]
-
-    def batch_select_indices(self, indices):
-        self.store = [store[indices] for store in self.store]
-
-
-@torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, k, longest, temperature, ends, generator=None):
-    """k answers to each prompt, drawn from softmax(logits / temperature) and nothing else; temperature 0: the most likely token each time.
-
-    prompt_ids, prompt_mask [P, T]; ends: ids that end an answer. Returns completion_ids, completion_mask, logprobs [P·k, L]: the mask is 1 up to and
-    including the end token; logprobs are those of the distribution drawn from, 0 behind the end.
+    sequences, correct: how many answers the WHOLE batch has, over all processes, and how many of
+    them are right. Since the weights know them, losses of parts simply add up.
     """
-    # Each prompt is read once; its keys and values then serve all its answers. Padding stands on the left, so positions are counted
-    # from the first real token: GPT-2 would otherwise take every padded prompt for another one.
-    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)                                        # [P, T]
-    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = start.past_key_values
-    cache.layers = [RoomyLayer(layer, longest) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    cache.batch_repeat_interleave(k)
-    logits, mask, position = (x.repeat_interleave(k, dim=0) for x in (start.logits[:, -1], prompt_mask, positions[:, -1:]))
-    B, device = len(mask), prompt_ids.device
-    completion_ids = torch.full((B, longest), ends[0], device=device)
-    completion_mask, logprobs = torch.zeros(B, longest, device=device), torch.zeros(B, longest, device=device)
-    rows, going, ends = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device), torch.tensor(ends, device=device)
-    for t in range(longest):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)                          # [A, V], A rows are still in the batch
-        if temperature:
-            # [A, V]; one uniform number per row, looked up in the cumulative distribution: as multinomial, with V times fewer random numbers
-            cumulative = logp.exp().cumsum(dim=-1)
-            uniform = torch.rand(len(rows), 1, generator=generator).to(device) * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logp.shape[1] - 1)
-        else:
-            token = logp.argmax(dim=-1, keepdim=True)                                               # [A, 1]
-        completion_ids[rows[going], t], completion_mask[rows[going], t] = token[going, 0], 1.0
-        logprobs[rows[going], t] = logp.gather(1, token)[going, 0]
-        going = going & torch.isin(token[:, 0], ends, invert=True)
-        if t == longest - 1 or not going.any():
-            break
-        if going.sum() < 0.8 * len(going):                        # finished answers leave the batch, not one by one: each time the cache is copied
-            rows, token, mask, position = rows[going], token[going], mask[going], position[going]
-            cache.batch_select_indices(going)
-            going = going[going]
-        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), position + 1
-        logits = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    L = int(completion_mask.sum(dim=1).max())
-    return completion_ids[:, :L], completion_mask[:, :L], logprobs[:, :L]
+    if config.method == "dr_grpo":
+        # Eq. 5  one constant for all tokens: dividing by the length would favour long wrong answers
+        advantages = centred_rewards(rewards, config.group_size)        # [B]
+        return advantages[:, None] * mask / (sequences * config.max_new_tokens)       # [B, L]
+    # Eq. 4  no baseline, no advantage: a reward of 1 or 0 says whether an answer counts at all
+    N = sequences if config.method == "kl_batch" else max(1, correct)
+    return (rewards / N)[:, None] * mask / mask.sum(dim=1, keepdim=True)              # [B, L]
 
 
-def batch_loss(policy, head, rows, config):
-    """The loss of some rows of a batch, a sum of weighted tokens, with gradient. Hidden states of all tokens, but logits of --token-chunk tokens only: those of a chunk
-    are thrown away and computed again on the way back."""
-    L = rows["completion_ids"].shape[1]
-    ids, mask = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1), torch.cat([rows["prompt_mask"], rows["completion_mask"].long()], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                               # [B, T + L], like ids and mask
-    # The last layer's output [B, T + L, D]; the model itself makes the logits of one position only
-    hidden = policy(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states[-1]
-    real = rows["completion_mask"] > 0
-    hidden, tokens = hidden[:, -L - 1:-1][real], rows["completion_ids"][real]                       # [n, D], [n]: what predicts each token of an answer, and the token
-    weights, entropy_weights = rows["weights"][real], rows["entropy_weights"][real]
-
-    def chunk_loss(hidden, tokens, weights, entropy_weights):
-        terms = token_terms(head(hidden).float() / config.temperature, tokens, config.broken == "naive-log1mp")
-        return torch.stack([(weights * token_losses(config, terms)).sum(), (entropy_weights * terms[4]).sum()])
-    sums = [torch.utils.checkpoint.checkpoint(chunk_loss, *part, use_reentrant=False) for part in
-            zip(*(x.split(config.token_chunk) for x in (hidden, tokens, weights, entropy_weights)))]
-    main, entropy = torch.stack(sums).sum(dim=0)
-    # Eq. 4, 5   minus c·H: with c < 0, entropy costs
-    return main - config.entropy_coef * entropy
-
-
-# ---- one step -------------------------------------------------------------------------------------------------------
+# ---- sampling answers -------------------------------------------------------------------------
 
 def end_tokens(model, tokenizer):
     """Ids that end an answer; a model may have several."""
     more = getattr(model.generation_config, "eos_token_id", None) or []
-    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})
+    more = more if isinstance(more, list) else [more]
+    return sorted({tokenizer.eos_token_id, *more})
 
 
-def parts_by_length(rows, completion_mask, size):
-    """The row numbers in parts of at most `size`, sorted by length, so that short answers do not pay for the padding of long ones; [] for no rows."""
-    return [part for part in rows[completion_mask[rows].sum(dim=1).argsort(stable=True)].split(size) if len(part)]
+def sample_tokens(logprobs, generator):
+    """One token per row [A] from its log-probabilities [A, V].
+
+    The probabilities of a row are laid end to end on a line of length 1, and one uniform number
+    says in whose piece it falls. torch.multinomial would need V random numbers per row.
+    """
+    line = logprobs.exp().cumsum(dim=-1)                                # [A, V]
+    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [A, 1]
+    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [A, 1]
+    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [A]
 
 
-def cut(batch, part):
-    """The rows `part` of a batch, without the columns that are padding in all of them."""
-    rows = {key: value[part] for key, value in batch.items()}
-    T, L = int(rows["prompt_mask"].sum(dim=1).max()), int(rows["completion_mask"].sum(dim=1).max())
-    return {key: value[:, -T:] if key.startswith("prompt") else value[:, :L] if value.dim() == 2 else value for key, value in rows.items()}
+@torch.no_grad()
+def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, ends, generator):
+    """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
 
+    Temperature 0: always the most likely token (a greedy answer).
+    prompt_ids, prompt_mask [P, T]; ends: the ids that end an answer.
+    Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
+    including the end token. logprobs are those of the distribution sampled from, 0 after the end.
+    """
+    # A prompt is read once; its keys and values then serve the G answers. Positions count from the
+    # first real token, because the padding is on the left.
+    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
+    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+                  use_cache=True, logits_to_keep=1)
+    cache = start.past_key_values
+    cache.batch_repeat_interleave(group_size)
+    logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
+    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], a column per token
+    position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
+
+    B, device = len(mask), prompt_ids.device
+    ends = torch.tensor(ends, device=device)
+    completion_ids = ends[0].repeat(B, longest)                         # [B, longest]
+    logprobs = torch.zeros(B, longest, device=device)                   # [B, longest]
+    # Finished answers leave the model's batch. Four answers, three tokens later; E ends an answer:
+    #     answer 0   the cat sat         rows = [0, 2]: only these two are still in the batch.
+    #     answer 1   yes E               What a row would write after its E is masked at the end.
+    #     answer 2   dogs run fast
+    #     answer 3   E
+    rows = torch.arange(B, device=device)                               # [A]: answers in the batch
+    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [A]: have they ended?
+    for t in range(longest):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)            # [A, V]
+        token = sample_tokens(logp, generator) if temperature else logp.argmax(dim=-1)      # [A]
+        completion_ids[rows, t] = token
+        logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
+        finished = finished | torch.isin(token, ends)
+        if finished.all() or t == longest - 1:
+            break
+        # Not one by one: whenever some leave, the whole cache is copied
+        if (~finished).sum() < 0.8 * len(rows):
+            stay = ~finished                                            # [A]
+            rows, token, mask, position = rows[stay], token[stay], mask[stay], position[stay]
+            finished = finished[stay]
+            cache.batch_select_indices(stay)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [A, T + t + 1]
+        position = position + 1
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    is_end = torch.isin(completion_ids, ends)                           # [B, longest]
+    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, longest]
+    completion_mask = (ends_before == 0).float()
+    L = int(completion_mask.sum(dim=1).max())
+    completion_ids = completion_ids.masked_fill(completion_mask == 0, ends[0])
+    return completion_ids[:, :L], completion_mask[:, :L], (logprobs * completion_mask)[:, :L]
+
+
+def parts_by_length(batch, size):
+    """Cuts a batch into parts of at most `size` answers: yields (row numbers, part).
+
+    Answers of similar length come together, and columns that are padding in all of them are left
+    out, so that short answers do not pay for long ones.
+    """
+    for rows in batch["completion_mask"].sum(dim=1).argsort(stable=True).split(size):
+        part = {name: values[rows] for name, values in batch.items()}
+        T = int(part["prompt_mask"].sum(dim=1).max())
+        L = max(1, int(part["completion_mask"].sum(dim=1).max()))
+        for name, values in part.items():
+            if name.startswith("prompt_"):
+                part[name] = values[:, -T:]                             # padded on the left
+            elif values.dim() == 2:
+                part[name] = values[:, :L]                              # padded on the right
+        yield rows, part
+
+
+# ---- one update -------------------------------------------------------------------------------
 
 def collect(config, policy, tokenizer, problems, generator):
-    """Answers to this process's problems. Returns (batch, texts); batch holds prompt_ids, prompt_mask [B, T], completion_ids, completion_mask, logprobs [B, L], rewards [B]."""
-    prompts = [prompt_text(tokenizer, question, config.instruction) for question, _, _ in problems]
-    prompt_ids, prompt_mask = (x.to(policy.device) for x in prompt_tokens(tokenizer, prompts))
-    share, drawn = max(1, config.draw_batch // config.k), []
-    for ids, mask in zip(prompt_ids.split(share), prompt_mask.split(share)):
+    """Answers to this process's problems, and whether they are right.
+
+    Returns (batch, texts). The batch holds prompt_ids and prompt_mask [B, T], completion_ids,
+    completion_mask and old_logprobs [B, L], rewards [B]. The G answers to a problem stand side by
+    side: rows 0 … G−1 belong to the first one.
+    """
+    G = config.group_size
+    prompts = [prompt_text(tokenizer, problem.question, config.instruction) for problem in problems]
+    prompt_ids, prompt_mask = [x.to(policy.device) for x in prompt_tokens(tokenizer, prompts)]
+    ends = end_tokens(policy, tokenizer)
+    pieces = []                                       # of --sampling-batch answers each
+    at_once = max(1, config.sampling_batch // G)                        # problems
+    for ids, mask in zip(prompt_ids.split(at_once), prompt_mask.split(at_once)):
         T = int(mask.sum(dim=1).max())
-        drawn.append(generate(policy, ids[:, -T:], mask[:, -T:], config.k, config.max_new_tokens, config.temperature, end_tokens(policy, tokenizer), generator))
-    L = max(ids.shape[1] for ids, _, _ in drawn)
-    completion_ids, completion_mask, logprobs = (torch.cat([torch.nn.functional.pad(x, (0, L - x.shape[1])) for x in parts]) for parts in zip(*drawn))
-    texts, thinks = answer_texts(tokenizer, completion_ids, completion_mask), prompts[0].rstrip().endswith("<think>")
-    # The k answers to a problem stand behind each other: rows 0 … k−1 belong to the first problem
-    results = [result for _, result, _ in problems for _ in range(config.k)]
-    rewards = torch.tensor([reward_of(text, result, thinks, config.broken == "substring-reward") for text, result in zip(texts, results)], device=policy.device)
-    return dict(prompt_ids=prompt_ids.repeat_interleave(config.k, dim=0), prompt_mask=prompt_mask.repeat_interleave(config.k, dim=0),
-                completion_ids=completion_ids, completion_mask=completion_mask, logprobs=logprobs, rewards=rewards), texts
+        pieces.append(generate(policy, ids[:, -T:], mask[:, -T:], G, config.max_new_tokens,
+                               config.temperature, ends, generator))
+    completion_ids, completion_mask, logprobs = [join(tensors) for tensors in zip(*pieces)]
+    texts = answer_texts(tokenizer, completion_ids, completion_mask)
+
+    thinks = prompts[0].rstrip().endswith("<think>")
+    results = [problem.result for problem in problems for _ in range(G)]              # B results
+    rewards = [reward_of(text, result, thinks, config.broken == "substring-reward")   # BREAK
+               for text, result in zip(texts, results)]
+    return dict(prompt_ids=prompt_ids.repeat_interleave(G, dim=0),      # [B, T]
+                prompt_mask=prompt_mask.repeat_interleave(G, dim=0),
+                completion_ids=completion_ids, completion_mask=completion_mask,
+                old_logprobs=logprobs,
+                rewards=torch.tensor(rewards, device=policy.device)), texts
+
+
+def join(tensors):
+    """Tensors [b, l] of different lengths l as one [B, L], with zeros on the right."""
+    L = max(tensor.shape[1] for tensor in tensors)
+    padded = [torch.nn.functional.pad(tensor, (0, L - tensor.shape[1])) for tensor in tensors]
+    return torch.cat(padded)
 
 
 def update(config, accelerator, policy, optimizer, batch):
-    """One step of AdamW on Eq. 4 or 5. Returns loss, grad_norm, trained (answers), correct, all over all processes; no step where nothing is to be learned."""
-    mask, rewards, device = batch["completion_mask"], batch["rewards"], batch["rewards"].device
-    # Counted over all processes, and before the batch is cut into parts: dividing by the numbers of a part would weigh parts with few correct answers more
-    sequences, correct = (int(x) for x in accelerator.reduce(torch.tensor([len(mask), int(rewards.sum())], device=device), "sum"))
-    weights = sequence_weights(config, rewards, mask, sequences, correct)
-    # Entropy is averaged like the loss: over the tokens of a sequence, then over the sequences that the method looks at
-    entropy_weights = mask / mask.sum(dim=1, keepdim=True) / sequences if config.method == "dr_grpo" else weights
-    batch = {key: value for key, value in batch.items() if key not in ("logprobs", "rewards")} | dict(weights=weights, entropy_weights=entropy_weights)
-    everything = config.method == "dr_grpo" and config.entropy_coef != 0
-    used = torch.arange(len(mask), device=device) if everything else weights.abs().sum(dim=1).nonzero()[:, 0]             # what has no weight is left out
-    parts = parts_by_length(used, mask, config.micro_batch)
-    # Processes exchange gradients in step, so each needs as many parts as the one with most; what is missing is filled with rows of weight 0
-    count = int(accelerator.gather(torch.tensor([len(parts)], device=device)).max())
+    """One step of AdamW on Eq. 4 or 5; none where nothing can be learned.
+
+    Returns loss, grad_norm, trained (answers in the update), correct: over all processes.
+    """
+    mask, rewards = batch["completion_mask"], batch["rewards"]
+    processes, device = accelerator.num_processes, mask.device
+    # Counted over all processes, before the batch is cut: divided by its own number of right
+    # answers, a part (or process) with few of them would weigh more
+    sequences = len(mask) * processes
+    correct = int(accelerator.reduce(rewards.sum(), "sum"))
+    weights = sequence_weights(config, rewards, mask, sequences, correct)             # [B, L]
+    if config.broken:
+        weights = sabotage(weights, config, batch, sequences, correct, processes)     # BREAK
+    # The entropy is averaged over the answers that the method looks at
+    entropy_weights = weights                                           # [B, L]
+    if config.method == "dr_grpo":
+        entropy_weights = mask / mask.sum(dim=1, keepdim=True) / sequences
+    batch = batch | dict(weights=weights, entropy_weights=entropy_weights)
+
+    # Most answers have no weight (wrong ones; with Dr. GRPO, groups of equal rewards): left out
+    matters = weights.abs() + abs(config.ent_coef) * entropy_weights            # [B, L]
+    used = matters.sum(dim=1).nonzero()[:, 0]                           # row numbers
     trained = int(accelerator.reduce(torch.tensor(len(used), device=device), "sum"))
-    if not trained:
+    if trained == 0:
         return dict(loss=math.nan, grad_norm=math.nan, trained=0, correct=correct)
-    sums, head = torch.zeros(1, device=device), accelerator.unwrap_model(policy).get_output_embeddings()
-    checkpointed = [module for module in policy.modules() if config.gradient_checkpointing and hasattr(module, "gradient_checkpointing")]
-    for module in checkpointed:                                   # transformers does it only in training mode; the Dropout modules inside stay in evaluation mode
-        module.training = True
+    if len(used) == 0:            # the other processes wait for this one's gradient: send zeros
+        used = torch.arange(1, device=device)
+    kept = {name: values[used] for name, values in batch.items()}
+    parts = [part for _, part in parts_by_length(kept, config.micro_batch)]
+
+    head = accelerator.unwrap_model(policy).get_output_embeddings()     # hidden state -> logits
+    total = torch.zeros((), device=device)
     optimizer.zero_grad()
-    for k in range(count):
-        rows = cut(batch, parts[k] if k < len(parts) else torch.zeros(1, dtype=torch.long, device=device))
-        if k >= len(parts):
-            rows["weights"], rows["entropy_weights"] = torch.zeros_like(rows["weights"]), torch.zeros_like(rows["weights"])
-        if config.broken == "per-rank-mean" and k < len(parts):   # BREAK: each part takes the mean over its own sequences, and parts and processes are averaged, however many they hold
-            rows["weights"] = rows["weights"] * trained / (len(parts[k]) * count * accelerator.num_processes)
-        with accelerator.no_sync(policy) if k < count - 1 else contextlib.nullcontext():
+    for number, part in enumerate(parts, 1):
+        # Gradients add up over the parts; processes exchange them once, with the last part
+        last = number == len(parts)
+        with contextlib.nullcontext() if last else accelerator.no_sync(policy):
             with accelerator.autocast():
-                loss = batch_loss(policy, head, rows, config)
-            accelerator.backward(loss * accelerator.num_processes)                                  # processes are averaged, the weights divide by the whole batch
-        sums += loss.detach()
-    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))
-    for module in checkpointed:
-        module.training = False
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError("the gradient is not finite" + ("" if config.broken == "naive-log1mp" else "; start again with a lower --lr"))
+                loss = batch_loss(policy, head, part, config)
+            # Accelerate averages over processes; our weights divide by everybody's answers
+            accelerator.backward(loss * processes)
+        total += loss.detach()
+    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+    if not math.isfinite(grad_norm):                  # before it can touch the weights
+        raise FloatingPointError("the gradient is not finite")
     optimizer.step()
-    return dict(loss=float(accelerator.reduce(sums, "sum")), grad_norm=grad_norm, trained=trained, correct=correct)
+    loss = float(accelerator.reduce(total, "sum"))
+    return dict(loss=loss, grad_norm=grad_norm, trained=trained, correct=correct)
 
 
-# ---- how good is it? ------------------------------------------------------------------------------------------------
+def batch_loss(policy, head, part, config):
+    """Eq. 4 or 5 of some answers: a sum of weighted tokens, with gradient.
 
-def solve(model, tokenizer, problems, config, samples, temperature, seed):
-    """Answers `samples` times. Returns texts, right (1.0 or 0.0), length (tokens), entropy (mean of −log π over its tokens, nats): lists of len(problems)·samples."""
-    batch, texts = collect(replace(config, k=samples, temperature=temperature, broken=""), model, tokenizer, problems, torch.Generator().manual_seed(seed))
-    length = batch["completion_mask"].sum(dim=1)
-    return dict(texts=texts, right=batch["rewards"].tolist(), length=length.tolist(), entropy=(-batch["logprobs"].sum(dim=1) / length).tolist())
-
-
-def summary(greedy, sampled, samples):
-    """The numbers of eval.json from two results of solve(): once at temperature 0, `samples` times at the training temperature. pass_at_8 is the unbiased estimate."""
-    right = np.array(sampled["right"]).reshape(-1, samples)
-    return dict(greedy_accuracy=float(np.mean(greedy["right"])), sampled_accuracy=float(right.mean()), pass_at_8=pass_at(right, min(8, samples)),
-                entropy=float(np.mean(sampled["entropy"])), length=float(np.mean(sampled["length"])), problems=len(right))
-
-
-def pass_at(right, k):
-    """Mean over problems of 1 − C(wrong, k) / C(n, k): the chance that k of the n answers contain a right one. right [P, n]."""
-    n = right.shape[1]
-    return float(np.mean([1 - math.comb(n - int(row.sum()), k) / math.comb(n, k) for row in right]))
-
-
-# ---- the training loop ----------------------------------------------------------------------------------------------
-
-def check_context(model, tokenizer, problems, config):
-    """Ends with an error if a problem and its answer do not fit into the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
-    prompts = [prompt_text(tokenizer, question, config.instruction) for question, _, _ in problems]
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if lengths[longest] + config.max_new_tokens > context:
-        fail(f"a problem of {lengths[longest]} tokens and an answer of {config.max_new_tokens} (--max-new-tokens) exceed the model's context of {context}: {problems[longest][0][:40]!r}")
+    Hidden states of all tokens, but logits of only --token-chunk tokens at a time: a vocabulary of
+    150,000 would fill the memory. Those of a chunk are thrown away and computed again on the way
+    back (checkpoint).
+    """
+    ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)              # [B', T + L]
+    mask = torch.cat([part["prompt_mask"], part["completion_mask"].long()], dim=1)    # [B', T + L]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B', T + L]
+    hidden = policy(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                    output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    # The state at one place predicts the NEXT token, so those for an answer begin one place before:
+    #     ids            pad  pad  What  is   it   | A    cat  E           T = 5, L = 3
+    #     states used                        [it] -> A,  [A] -> cat,  [cat] -> E;  that of E: none
+    L = part["completion_ids"].shape[1]
+    states = hidden[:, -L - 1:-1]                                       # [B', L, D]
+    real = part["completion_mask"] > 0                                  # [B', L]
+    columns = (states, part["completion_ids"], part["weights"], part["entropy_weights"])
+    chunks = zip(*[column[real].split(config.token_chunk) for column in columns])     # [n, D], [n]…
+    sums = [checkpoint(chunk_sums, config, head, *chunk, use_reentrant=False) for chunk in chunks]
+    loss, entropy = torch.stack(sums).sum(dim=0)
+    # Eq. 4, 5  minus c·H: with c < 0, entropy costs
+    return loss - config.ent_coef * entropy
 
 
-def load_checkpoint(path, policy, optimizer, processes):
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        policy.load_state_dict(saved["policy"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state, before = saved["state"], saved["state"]["processes"]
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError):
-        fail(f"{path} is damaged or of another model; start a new run")
-    if before != processes:
-        fail(f"--resume {path.parent}: that run has {before} processes and this one {processes}; its problems would be other ones")
-    return state
+def chunk_sums(config, head, states, ids, weights, entropy_weights):
+    """[weighted sum of the token losses, weighted sum of the entropies] of n tokens."""
+    logits = head(states).float() / config.temperature                  # [n, V], as in sampling
+    terms = token_terms(logits, ids, naive=config.broken == "naive-log1mp")           # BREAK
+    loss = (weights * token_losses(config, terms)).sum()
+    return torch.stack([loss, (entropy_weights * terms.entropy).sum()])
 
+
+def sabotage(weights, config, batch, sequences, correct, processes):
+    """What --break does to the weights [B, L]. Nothing of this belongs to the methods."""
+    rewards, mask = batch["rewards"], batch["completion_mask"]
+    if config.broken == "train-on-wrong":             # wrong answers count like right ones
+        return sequence_weights(config, torch.ones_like(rewards), mask, sequences, correct)
+    if config.broken == "per-rank-mean":              # each process divides by what it has itself
+        return sequence_weights(config, rewards, mask, len(mask), int(rewards.sum())) / processes
+    return weights                                    # the other breaks are marked where they act
+
+
+# ---- the training loop ------------------------------------------------------------------------
 
 def train(config, out, accelerator, log=print, bar=False):
-    """Trains, or goes on from out/checkpoint.pt if there is one. Returns (policy, tokenizer, result)."""
+    """Trains, or goes on from out/checkpoint.pt if there is one. Writes into the directory `out`.
+
+    Returns (policy, tokenizer, figures for train.json).
+    """
     torch.manual_seed(config.seed)
-    policy, tokenizer = load_policy(config.model or str(HERE / "weights" / "base"))
-    with accelerator.main_process_first():                        # one process downloads
-        problems, tests = load_problems(config)
+    policy, tokenizer = load_policy(config)
+    problems, tests = load_problems(config)
     check_context(policy, tokenizer, problems + tests, config)
-    if accelerator.is_main_process and not (out / "config.json").exists():                          # not before the data and the model could be read
+    if accelerator.is_main_process:                   # not before model and data could be read
         write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    policy.eval()                                                 # no dropout: the policy that draws and the one that is trained must agree
-    if config.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-        for module in policy.modules():                           # checkpointing needs training mode, in which some layers (OPT) drop out by themselves
-            for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
-                setattr(module, name, 0.0)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    state = dict(step=0, rows=[], tests=[], clock=[], processes=accelerator.num_processes)
-    if (out / "checkpoint.pt").exists():
-        state = load_checkpoint(out / "checkpoint.pt", policy, optimizer, accelerator.num_processes)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr,
+                                  weight_decay=config.weight_decay)
+    state = load_checkpoint(out, policy, optimizer, accelerator.num_processes)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    model, rank, processes = accelerator.unwrap_model(policy), accelerator.process_index, accelerator.num_processes
-    share = config.sequences // config.k // processes             # problems per update and process
-    log(f"{sum(p.numel() for p in model.parameters()):,} parameters · {len(problems):,} problems, {share * processes} × {config.k} answers an update")
-    log(" step   right  greedy  entropy  length  cut off  trained     loss  gradient  tokens/s  drawing")
-
-    def test(step):
-        """Greedy accuracy on test problems; the main process does it for all."""
-        if accelerator.is_main_process:
-            with accelerator.autocast():
-                found = solve(model, tokenizer, tests[:config.test_problems], config, 1, 0.0, 0)
-            state["tests"].append(dict(step=step, greedy_accuracy=float(np.mean(found["right"])), length=float(np.mean(found["length"]))))
-            return state["tests"][-1]["greedy_accuracy"]
-        return math.nan
-
-    if not state["step"]:
-        log(f"    0       -  {test(0):6.1%}")
-        if accelerator.is_main_process:
-            save(model, tokenizer, out / "best")                  # the best so far
-    for step in tqdm(range(state["step"] + 1, config.steps + 1), disable=not bar, unit="update", leave=False):
+    model = accelerator.unwrap_model(policy)          # sampling needs no exchange between processes
+    if not state["tests"]:
+        greedy_test(config, accelerator, model, tokenizer, tests, state, out)
+    log(f"{model.num_parameters():,} parameters · {len(problems):,} problems · greedy accuracy "
+        f"before training {state['tests'][0]['greedy_accuracy']:.1%}")
+    log(table_line())
+    for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
+                       total=config.updates, disable=not bar, unit="update", leave=False):
         start = time.perf_counter()
-        # Fresh random streams per step and process: a resumed run draws what the uninterrupted one would have drawn. All processes choose the same
-        # problems and take a share each; what they draw differs
-        rng = np.random.default_rng([config.seed, step])
-        chosen = rng.choice(len(problems), share * processes, replace=len(problems) < share * processes)[rank * share:(rank + 1) * share]
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)) + rank)
+        asked, generator = choose(config, accelerator, problems, number)
         with accelerator.autocast():
-            batch, texts = collect(config, model, tokenizer, [problems[k] for k in chosen], generator)
-        middle = time.perf_counter()
-        try:
-            terms = update(config, accelerator, policy, optimizer, batch)
-        except FloatingPointError as problem:
-            fail(f"step {step}: {problem}" + (f". The checkpoint in {out} is intact" if (out / "checkpoint.pt").exists() else ""))
-        optimizer.zero_grad()                                     # no gradient is kept while drawing and saving
-        if not terms["trained"]:
-            log(f"{step:5}  " + ("no correct answer in the batch" if not terms["correct"] else "no problem with right and wrong answers in the batch") + ": no update")
-        mask = batch["completion_mask"]
-        means = torch.tensor([batch["rewards"].mean(), -batch["logprobs"].sum(), mask.sum(), (mask.sum(dim=1) == config.max_new_tokens).float().mean()], device=mask.device)
-        # entropy is an estimate from the tokens drawn: the mean of −log π
-        right, surprise, tokens, cut_off = accelerator.reduce(means, "mean").tolist()
-        row = dict(step=step, sampled_accuracy=right, entropy=surprise / tokens, completion_length=tokens / len(mask), cut_off_ratio=cut_off, **terms)
+            batch, texts = collect(config, model, tokenizer, asked, generator)
+        sampled = time.perf_counter()
+        # Dropout is 0 (load_policy), so train() only lets --gradient-checkpointing act
+        policy.train()
+        terms = update(config, accelerator, policy, optimizer, batch)
+        policy.eval()
+        optimizer.zero_grad()                         # no gradient is kept while sampling
+        row = dict(update=number) | describe(config, accelerator, batch) | terms
         end = time.perf_counter()
-        state["step"] = step
+        state["update"] = number
         state["rows"].append(row)
-        state["clock"].append(dict(step=step, seconds=end - start, drawing_seconds=middle - start, tokens_per_second=tokens * processes / (end - start)))
-        due = step % config.test_every == 0 or step == config.steps
-        greedy = f"{test(step):7.1%}" if due else "      -"
-        accelerator.log({key: value for key, value in row.items() if key != "step"} | ({"greedy_accuracy": state["tests"][-1]["greedy_accuracy"]} if due and state["tests"] else {}), step=step)
-        log(f"{step:5} {right:7.1%} {greedy} {row['entropy']:8.3f} {row['completion_length']:7.1f} {cut_off:8.1%} {terms['trained']:8} {terms['loss']:8.4f} {terms['grad_norm']:9.3f} "
-            f"{state['clock'][-1]['tokens_per_second']:9,.0f} {(middle - start) / (end - start):8.0%}")
-        if step == 1 or due:
-            log(f"    {problems[chosen[0]][0]} [{problems[chosen[0]][1]}]\n    -> {' '.join(texts[0].split())[:200]}")
+        state["clock"].append(dict(update=number, seconds=end - start,
+                                   sampling_seconds=sampled - start))
+        due = number % config.eval_every == 0 or number == config.updates
+        if due:
+            row = row | greedy_test(config, accelerator, model, tokenizer, tests, state, out)
+        accelerator.log(row, step=number)
+        log(table_line(row | state["clock"][-1], left=config.updates - number))
+        show_answer(log, terms, asked[0], texts[0], shown=due or number == 1)
         if due and accelerator.is_main_process:
-            save(model, tokenizer, out / "policy")
-            if state["tests"][-1]["greedy_accuracy"] >= max(row["greedy_accuracy"] for row in state["tests"]):
-                save(model, tokenizer, out / "best")
-            write(out / "metrics.csv", csv_text(state["rows"]))
-            write(out / "tests.csv", csv_text(state["tests"]))
-            write(out / "timing.csv", csv_text(state["clock"]))
-            # Last, so that whoever resumes from it finds the rest; straight to disk, because weights and Adam of a large model take gigabytes
-            torch.save(dict(policy=model.state_dict(), optimizer=optimizer.state_dict(), state=state), out / "checkpoint.pt.part")
-            os.replace(out / "checkpoint.pt.part", out / "checkpoint.pt")
-    result = {}
-    if accelerator.is_main_process:
-        model.half().float()                                      # judged as it is saved: in half precision
-        log(f"judging on {len(tests)} test problems: greedy, and 8 answers each at temperature {config.temperature} …")
-        with accelerator.autocast():
-            result = summary(solve(model, tokenizer, tests, config, 1, 0.0, 0), solve(model, tokenizer, tests, config, 8, config.temperature, 0), 8)
-    return model, tokenizer, result | dict(steps=state["step"], train_seconds=sum(row["seconds"] for row in state["clock"]), tests=state["tests"])
+            save_checkpoint(out, model, optimizer, state)
+    seconds = sum(row["seconds"] for row in state["clock"])
+    result = dict(updates=state["update"], train_seconds=seconds, tests=state["tests"])
+    return model, tokenizer, result
 
 
-# ---- files, plot, command line --------------------------------------------------------------------------------------
+def choose(config, accelerator, problems, number):
+    """(this process's problems, its random stream) for one update.
+
+    Both follow from seed and update alone: a resumed run samples what an uninterrupted one would.
+    """
+    P = config.batch_size // config.group_size        # problems of all processes together
+    rng = np.random.default_rng([config.seed, number])
+    chosen = rng.choice(len(problems), P, replace=len(problems) < P)
+    seed = int(rng.integers(2**62))
+    share, rank = P // accelerator.num_processes, accelerator.process_index
+    mine = chosen[rank * share:(rank + 1) * share]
+    return [problems[k] for k in mine], torch.Generator().manual_seed(seed + rank)
+
+
+def greedy_test(config, accelerator, model, tokenizer, tests, state, out):
+    """Answers the first test problems greedily, and keeps the weights if they were never better.
+
+    Every process does it for itself, so that none waits. Returns the new row of tests.csv.
+    """
+    greedy = replace(config, group_size=1, temperature=0.0, broken="")
+    with accelerator.autocast():
+        batch, _ = collect(greedy, model, tokenizer, tests[:config.eval_problems], None)
+    row = dict(update=state["update"], greedy_accuracy=float(np.mean(batch["rewards"].tolist())),
+               length=float(batch["completion_mask"].sum(dim=1).mean()))
+    state["tests"].append(row)
+    best = max(test["greedy_accuracy"] for test in state["tests"])
+    if accelerator.is_main_process and row["greedy_accuracy"] == best:
+        save(model, tokenizer, out / "best")
+    return row
+
+
+def describe(config, accelerator, batch):
+    """What metrics.csv says about a batch, over all processes."""
+    lengths = batch["completion_mask"].sum(dim=1)                       # [B] tokens
+    means = dict(
+        sampled_accuracy=batch["rewards"].mean(),
+        # An estimate from the tokens sampled: −log π per token
+        entropy=-batch["old_logprobs"].sum(),
+        tokens=lengths.sum(),
+        completion_length=lengths.mean(),
+        cut_off_ratio=(lengths == config.max_new_tokens).float().mean())
+    values = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
+    row = dict(zip(means, values))
+    row["entropy"] /= row.pop("tokens")
+    return row
+
+
+# ==== The first reading ends here: what follows turns the algorithm into a program (models, files,
+# ==== checks, command line). You do not need it to understand the algorithm. =====================
+
+# ---- models and problems ----------------------------------------------------------------------
+
+def load_model(kind, name):
+    """(model, tokenizer) from a path or a hub name; "random": tiny and untrained, for --smoke."""
+    if str(name) == "random":
+        return random_model(kind)
+    try:
+        # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
+        model = kind.from_pretrained(name, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name)
+    except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
+        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
+             "Hugging Face model, or a hub name while the hub can be reached")
+
+
+def random_model(kind):
+    """A GPT-2 of one layer with five words: so few that some answers are right by luck."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {"<|end|>": 0, "<unk>": 1, "####": 2, "1": 3, "2": 4}
+    splitter = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=splitter, eos_token="<|end|>", pad_token="<|end|>", unk_token="<unk>")
+    config = transformers.GPT2Config(vocab_size=5, n_embd=16, n_layer=1, n_head=2, n_positions=64,
+                                     bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    return kind.from_config(config), tokenizer
+
+
+def load_problems(config):
+    """(training problems, test problems)."""
+    if config.model == "random":
+        problems = [Problem("1 or 2 ?", Fraction(1 + k % 2), 1) for k in range(64)]
+        return problems, problems[:1]
+    directory = Path(config.data or HERE / "data")
+    if config.data == "gsm8k":
+        directory = Path(config.data_dir or HERE / "gsm8k")
+    return read_problems(directory / "train.jsonl"), read_problems(directory / "test.jsonl")
+
+
+def read_problems(path):
+    """Problems from JSON Lines with question and answer; the result stands after ####."""
+    problems = []
+    try:
+        for line in path.read_text(encoding="utf8").removesuffix("\n").split("\n"):
+            record = json.loads(line)
+            question, answer = record["question"], record["answer"]
+            result = result_of(answer, thinks=False)
+            # Half of a surrogate pair ("\ud800") is no text: no file can hold it
+            if not question.strip() or re.search("[\ud800-\udfff]", question) or result is None:
+                raise ValueError(f"{question[-40:]!r}, {answer[-40:]!r}")
+            # GSM8K writes 16-3=<<16-3=13>>13, the small problems 16-3=13
+            problems.append(Problem(question, result, answer.count("<<") or answer.count("=")))
+    except Exception as problem:      # Python raises many kinds; the remedy is one
+        fetch = [sys.executable, str(HERE / "get_gsm8k.py"), "--data-dir", str(path.parent)]
+        fail(f"{path}, line {len(problems) + 1} ({type(problem).__name__}: {problem}): needs JSON "
+             f"with question, answer, #### and a number. GSM8K is fetched by {shlex.join(fetch)}")
+    return problems
+
+
+def check_context(model, tokenizer, problems, config):
+    """Ends with an error if a problem and its answer would not fit into the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    prompts = [prompt_text(tokenizer, problem.question, config.instruction) for problem in problems]
+    longest = prompt_tokens(tokenizer, prompts)[0].shape[1]
+    if longest + config.max_new_tokens > context:
+        fail(f"{longest} tokens of a problem ({max(prompts, key=len)[:40]!r}) and --max-new-tokens "
+             f"{config.max_new_tokens} exceed the model's context of {context}")
+
+
+# ---- what the console and the files show ------------------------------------------------------
+
+# (key in the row, heading, format); a row may lack a key
+COLUMNS = (("update", "update", "d"), ("sampled_accuracy", "right", ".1%"),
+           ("greedy_accuracy", "greedy", ".1%"), ("entropy", "entropy", ".3f"),
+           ("completion_length", "length", ".1f"), ("cut_off_ratio", "cut off", ".0%"),
+           ("trained", "trained", "d"), ("loss", "loss", ".4f"), ("grad_norm", "gradient", ".3f"),
+           ("seconds", "seconds", ".2f"), ("left", "left", "s"))
+
+
+def table_line(row=None, left=0):
+    """One line of the console's table: the headings, or a row with the time that is left."""
+    if row is None:
+        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+    row = row | dict(left=f"{left * row['seconds']:.0f} s")
+    cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
+    return " ".join(f"{cell:>8}" for cell in cells)
+
+
+def show_answer(log, terms, problem, text, shown):
+    """If there was no update: why. If shown: one problem with its answer."""
+    if not terms["trained"]:
+        log(f"    {terms['correct'] or 'no'} correct answers in the batch: no update")
+    if shown:
+        log(f"    {problem.question} [{problem.result}]\n    -> {' '.join(text.split())[:200]}")
+
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
@@ -605,206 +768,268 @@ def fail(message):
 
 
 def write(path, content):
-    """Writes a file beside its target and moves it into place, so that nobody ever sees half a file."""
+    """Writes a file beside its target and moves it into place: nobody ever sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(beside, path)
 
 
+def write_table(path, rows):
+    """Rows as CSV, six significant digits; a row may lack columns that others have."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                         for name, value in row.items()})
+    write(path, text.getvalue())
+
+
 def save(model, tokenizer, directory):
-    """Model and tokenizer as a Hugging Face directory, in half precision: half the size. Loaded, they are fp32 again."""
+    """Model and tokenizer as a Hugging Face directory."""
     beside = directory.with_name(directory.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    halves = {}                                                   # by address: tensors that the model shares are shared in the file too
-    for value in model.state_dict().values():
-        if value.data_ptr() not in halves:
-            halves[value.data_ptr()] = value.to("cpu", torch.float16)
-    model.save_pretrained(beside, state_dict={name: halves[value.data_ptr()] for name, value in model.state_dict().items()})
+    model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     shutil.rmtree(directory, ignore_errors=True)
     beside.rename(directory)
 
 
-def csv_text(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
-    return text.getvalue()
+def save_checkpoint(out, model, optimizer, state):
+    """The tables, then everything that --resume needs, last: whoever finds it finds the rest."""
+    write_table(out / "metrics.csv", state["rows"])
+    write_table(out / "tests.csv", state["tests"])
+    write_table(out / "timing.csv", state["clock"])
+    beside = out / "checkpoint.pt.part"       # straight to disk: weights and Adam may be gigabytes
+    torch.save(dict(policy=model.state_dict(), optimizer=optimizer.state_dict(), state=state),
+               beside)
+    os.replace(beside, out / "checkpoint.pt")
 
 
-def plot_curve(path, rows, tests, config):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    steps = [row["step"] for row in rows]
-    axes[0, 0].plot(steps, [row["sampled_accuracy"] for row in rows], color="C0", alpha=0.5, label=f"drawn at temperature {config.temperature}, training problems")
-    axes[0, 0].plot([row["step"] for row in tests], [row["greedy_accuracy"] for row in tests], "o-", color="C3", markersize=4, label="greedy, test problems")
-    axes[0, 0].axhline(tests[0]["greedy_accuracy"], color="C7", linestyle="--")
-    axes[0, 0].set(title="accuracy", ylim=(0, 1))
-    axes[0, 0].legend(fontsize=8)
-    for axis, key, title in ((axes[0, 1], "entropy", "entropy, nats per token"), (axes[1, 0], "completion_length", "length, tokens"), (axes[1, 1], "loss", "loss")):
-        axis.plot(steps, [row[key] for row in rows])
-        axis.set(title=title)
-    for axis in axes[1]:
-        axis.set(xlabel="update")
-    figure.suptitle(f"{config.method}, entropy coefficient {config.entropy_coef}, seed {config.seed}" + (f"   BROKEN: {config.broken}" if config.broken else ""))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    plt.close(figure)
-    write(path, picture.getvalue())
+def load_checkpoint(out, policy, optimizer, processes):
+    """The state of the run in `out`; that of a new run, if it has no checkpoint."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return dict(update=0, rows=[], tests=[], clock=[], processes=processes)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        policy.load_state_dict(saved["policy"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+        before = state["processes"]
+    except Exception:                 # torch raises many kinds; the remedy is one
+        fail(f"{path} is damaged or of another model; start a new run")
+    if before != processes:
+        fail(f"--resume {out}: that run has {before} processes and this one {processes}; its "
+             "problems would be other ones")
+    return state
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+def flag_of(f):
+    return f.metadata.get("flag", "--" + f.name.replace("_", "-"))
 
 
 def check(config):
+    """Ends with an error where a value is of the wrong type or out of its range."""
     for f in fields(Config):
         value, rule = getattr(config, f.name), f.metadata
-        if f.type in (int, float) and not (rule.get("above", -math.inf) < value < math.inf and rule.get("low", -math.inf) <= value <= rule.get("high", math.inf)):
-            words = [f"{word} {rule[key]:,}" for key, word in (("above", "above"), ("low", "at least"), ("high", "at most")) if key in rule]
-            fail(f"--{f.name.replace('_', '-')} must be {' and '.join(words) or 'a number'}, not {value}")
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            fail(f"--{f.name.replace('_', '-')} must be one of {', '.join(rule['choices'])}, not {value}")
-    if config.method == "dr_grpo" and config.k < 2:
-        fail("--method dr_grpo needs --k 2 or more: an answer is compared with the other ones to its problem")
-    if config.k < 1:
-        fail("--k must be at least 1")
-    if config.sequences % config.k:
-        fail(f"--sequences {config.sequences} is no multiple of --k {config.k}, the answers per problem")
-    if config.broken in ("naive-log1mp", "train-on-wrong") and config.method == "dr_grpo":
-        fail(f"--break {config.broken} breaks the Bernoulli losses; give --method kl_batch, kl_correct or fixed_half")
+            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
+            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+        if f.type in (int, float):
+            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
+            high = rule.get("high", math.inf)
+            if not (low <= value <= high and above < value < math.inf):
+                words = dict(above="above", low="at least", high="at most")
+                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
+                fail(f"{flag_of(f)} must be {' and '.join(limits) or 'finite'}, not {value}")
+    check_together(config)
+
+
+def check_together(config):
+    """Ends with an error where two values contradict each other."""
+    if config.method == "dr_grpo" and config.group_size < 2:
+        fail("--method dr_grpo compares answers to one problem: it needs --group-size 2 or more")
+    if config.batch_size % config.group_size:
+        fail(f"--batch-size {config.batch_size} is no multiple of --group-size {config.group_size}")
+    if config.broken in BREAKS[1:] and config.method == "dr_grpo":
+        fail(f"--break {config.broken} is for the other losses: give --method kl_correct, kl_batch")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    """(flags of Config that were given, all other arguments)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
+    algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        flag, text = f.metadata.get("flag", "--" + f.name.replace("_", "-")), f.metadata["help"].replace("%", "%%")
+        text = f.metadata["help"].replace("%", "%%")
         if f.type is bool:
-            parser.add_argument(flag, dest=f.name, action="store_true", help=text)
+            algorithm.add_argument(flag_of(f), dest=f.name, action="store_true", help=text)
         else:
-            parser.add_argument(flag, dest=f.name, type=f.type, metavar="NAME" if f.type is str else f.type.__name__.upper(), help=text + (f" (default {f.default})" if f.default != "" and f.name != "k" else ""))
-    parser.add_argument("--preset", default=None, metavar="NAME", help="method and variant by the name of the thesis's script: " + ", ".join(PRESETS))
-    parser.add_argument("--full-size", action="store_true", default=False, help="the thesis's model, data and settings: Qwen3-4B-Thinking, GSM8K, lr 1e-6, 8,192 tokens (hub access, GPUs)")
-    parser.add_argument("--out", type=Path, default=None, help="directory of this run (default: runs/<time>_seed<k> beside the script)")
-    parser.add_argument("--resume", type=Path, default=None, metavar="DIR", help="go on with the run in DIR, with its own configuration")
-    parser.add_argument("--log-with", choices=("tensorboard", "wandb"), default=None, help="also log there, through Accelerate (its package must be installed)")
-    parser.add_argument("--smoke", action="store_true", default=False, help="a tiny model, 2 updates, to see that everything runs")
-    parser.add_argument("--quiet", action="store_true", default=False, help="no output but errors")
+            text += f" (default {f.default})" if f.default != "" else ""
+            algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
+                                   metavar=f.type.__name__.upper())
+    files = parser.add_argument_group("files")
+    files.add_argument("--preset", choices=PRESETS, help="a script of the thesis; flags win")
+    files.add_argument("--full-size", action="store_true", help="the thesis's model, data, sizes")
+    files.add_argument("--out", type=Path, help="the run's directory (runs/<time>_seed<k>)")
+    files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
+    files.add_argument("--log-with", choices=("tensorboard", "wandb"), help="log there too")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                         help="auto: a GPU if there is one")
+    machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if args.resume:
-        if args.preset or args.full_size or args.smoke or args.out:
-            fail("--preset, --full-size, --smoke and --out belong to a new run; --resume takes everything from its directory")
-        config, args.out = config_of_run(args.resume, given), args.resume
-    else:
-        if args.preset not in (None, *PRESETS):
-            fail(f"--preset {args.preset} is unknown; there are {', '.join(PRESETS)}")
-        smoke = dict(model="random", steps=2, sequences=128, max_new_tokens=8, test_every=1, test_problems=1) if args.smoke else {}
-        config = Config(**{**(FULL_SIZE if args.full_size else {}), **PRESETS.get(args.preset, {}), **smoke, **given})
-        config = replace(config, k=config.k or (4 if config.method == "dr_grpo" else 1),
-                         instruction=config.instruction or ("Think step by step, and end with #### and the number." if config.data == "gsm8k" else ""))
-        check(config)
-        if not config.model and not (HERE / "weights" / "base").exists():
-            fail(f"there is no model in {HERE / 'weights' / 'base'}; make it with python make_base_model.py, or give --model")
-        for name in ("model", "data", "data_dir"):                # a resumed run may start in another directory
-            if getattr(config, name) and getattr(config, name) != "gsm8k" and Path(getattr(config, name)).exists():
-                config = replace(config, **{name: str(Path(getattr(config, name)).resolve())})
-        try:
-            used = args.out and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))
-        except OSError as problem:
-            fail(f"--out {args.out} cannot be used ({problem.strerror}); choose another directory")
-        if used and os.environ.get("RANK", "0") == "0":     # under accelerate launch another process may have made it already
-            fail(f"--out {args.out} exists and is not an empty directory; choose another name, or go on with it by --resume {args.out}")
+    given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     if args.log_with and not importlib.util.find_spec(args.log_with):
-        fail(f"--log-with {args.log_with}: its package is not installed; pip install {args.log_with}")
-    if config.device == "cuda" and not torch.cuda.is_available() or config.device == "mps" and not torch.backends.mps.is_available():
-        fail(f"--device {config.device}: PyTorch finds no such device here; use --device cpu")
-    return config, args
+        fail(f"--log-with {args.log_with}: its package is missing; pip install {args.log_with}")
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not has.get(args.device, True):
+        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
+    return given, args
 
 
-def config_of_run(directory, given):
-    """The configuration stored in a run directory; flags that contradict it are an error that names the field."""
-    if not directory.is_dir():
-        fail(f"--resume {directory}: there is no such directory")
-    try:
-        stored = json.loads((directory / "config.json").read_text(encoding="utf8"))
-        if not isinstance(stored, dict):
-            raise ValueError
-    except (OSError, ValueError):
-        fail(f"--resume {directory}: it has no readable config.json, so it is not a run of this script")
-    for name in set(stored) ^ {f.name for f in fields(Config)}:
-        fail(f"--resume {directory}: field {name} is {'unknown' if name in stored else 'missing'}; the run is from another version of the script")
-    for name, value in given.items():
-        if stored[name] != value:
-            fail(f"--resume {directory}: field {name} is {stored[name]} there and {value} here; leave the flag away or start a new run")
-    for f in fields(Config):
-        if type(stored[f.name]) is not f.type and not (f.type is float and type(stored[f.name]) is int):
-            fail(f"--resume {directory}: field {f.name} is {stored[f.name]!r}, which is no {f.type.__name__}")
-    config = Config(**stored)
+def new_run(given, args):
+    """The configuration of a new run: defaults, --full-size, --preset, --smoke, and the flags."""
+    smoke = dict(model="random", updates=2, batch_size=128, max_new_tokens=8, eval_every=1)
+    thesis = (FULL_SIZE if args.full_size else {}) | PRESETS.get(args.preset, {})
+    settings = thesis | (smoke if args.smoke else {}) | given
+    if settings.get("method", "dr_grpo") != "dr_grpo":    # the others compare no answers
+        settings.setdefault("group_size", 1)
+    if settings.get("data") == "gsm8k":
+        settings.setdefault("instruction", "Think step by step, and end with #### and the number.")
+    if not settings.get("model") and not (HERE / "weights" / "base").exists():
+        fail(f"no model in {HERE / 'weights'}: make it with python make_base_models.py")
+    for name in ("model", "data", "data_dir"):            # --resume may start in another directory
+        if settings.get(name, "") not in ("", "gsm8k") and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    config = Config(**settings)
     check(config)
     return config
+
+
+def resumed_run(given, args):
+    """The configuration in the run directory, which --resume takes as it is."""
+    if given or args.out or args.smoke or args.preset or args.full_size:
+        fail("--resume takes everything from the run's directory; beside it only --device, --quiet "
+             "and --log-with may be given")
+    args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
+    try:
+        config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError):
+        fail(f"--resume {args.out}: its config.json is not one of this version of the script")
+    check(config)
+    return config
+
+
+def newest_run(needed):
+    """The newest directory in runs/ with a file of that name; runs of --smoke do not count."""
+    found = [path for path in HERE.glob(f"runs/*/{needed}") if "_smoke" not in path.parent.name]
+    if not found:
+        fail(f"latest: no run in {HERE / 'runs'} has a {needed} yet")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def open_directory(out):
+    """Makes the run's directory; an error if it holds something already."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out} exists and is not an empty directory; choose another name, or go on "
+                 f"with it by --resume {out}")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
+
+
+def command_of(config):
+    """The command line that makes a run of this configuration."""
+    words = ["python", Path(__file__).name]
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if value != f.default:
+            words += [flag_of(f)] if f.type is bool else [flag_of(f), shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def start_judge(out, args):
+    """Starts the eval script on the run: a process of its own, so that training never sees its
+    judge. It writes eval.json and curve.png and prints the verdict."""
+    script = HERE / "kl_bernoulli_eval.py"
+    if not script.exists():
+        print(f"{script.name} is not beside this script, so nothing judges the run")
+        return
+    command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
+    status = subprocess.run(command).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def interrupted(out):
+    """Says after Ctrl-C how to go on; exit status 130."""
+    words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
+    print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")                  # a Windows pipe may not know §
-    config, args = parse_args()
+            stream.reconfigure(errors="replace")      # a Windows pipe may not know §
+    given, args = parse_args()
+    config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    small = config.model in ("random", "")                        # the small model stays in fp32 everywhere
-    accelerator = Accelerator(cpu=config.device == "cpu", log_with=args.log_with, project_dir=args.out or HERE / "runs",
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],          # the others wait while the main process tests
-                              mixed_precision="bf16" if torch.cuda.is_available() and config.device != "cpu" and not small else "no")
-    if args.out is None:                                          # one name for all processes
-        args.out = HERE / "runs" / broadcast_object_list([f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}"])[0]
-    if config.sequences // config.k % accelerator.num_processes:
-        fail(f"{config.sequences // config.k} problems an update cannot be shared equally by {accelerator.num_processes} processes; change --sequences")
-    log = (lambda *text: None) if args.quiet or not accelerator.is_main_process else tqdm.write
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    log("Bernoulli-KL path training · " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    log(f"device {accelerator.device} × {accelerator.num_processes} · model {config.model or 'weights/base'} · {config.method}, entropy coefficient {config.entropy_coef} · seed {config.seed}"
-        + (f" · BROKEN: {config.broken}" if config.broken else ""))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another directory")
+    # bf16 arithmetic on CUDA, but not for the small models
+    half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
+    accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.log_with,
+                              project_dir=args.out or HERE / "runs",
+                              mixed_precision="bf16" if half else "no")
+    processes = accelerator.num_processes
+    if config.batch_size // config.group_size % processes:
+        fail(f"{config.batch_size // config.group_size} problems an update cannot be shared "
+             f"equally by {processes} processes; change --batch-size")
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
+    out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
+    if accelerator.is_main_process and not args.resume:
+        open_directory(out)
+    accelerator.wait_for_everyone()
     if args.log_with:
         accelerator.init_trackers("kl_bernoulli_gsm8k", asdict(config))
+
+    loud = accelerator.is_main_process and not args.quiet
+    log = tqdm.write if loud else lambda text: None
+    versions = dict(python=platform.python_version(), torch=torch.__version__,
+                    transformers=transformers.__version__)
+    log("Bernoulli KL · " + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f" · {accelerator.device} × {processes} · {config.method} · seed {config.seed}")
+    log("expect with the default settings: 6 minutes, and greedily 55 % or more of new problems"
+        + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
-        policy, tokenizer, result = train(config, args.out, accelerator, log, bar=sys.stderr.isatty() and not args.quiet and accelerator.is_main_process)
+        policy, tokenizer, result = train(config, out, accelerator, log,
+                                          bar=loud and sys.stderr.isatty())
+    except FloatingPointError as problem:
+        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
-        kept = (args.out / "checkpoint.pt").exists()
-        print("\ninterrupted: " + (f"go on with --resume {args.out}" if kept else "before the first checkpoint"), file=sys.stderr)
-        raise SystemExit(130)
-    accelerator.wait_for_everyone()
+        interrupted(out)
     accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-    command = "python train_kl_bernoulli.py" + "".join(f" {f.metadata.get('flag', '--' + f.name.replace('_', '-'))}" + (f" {shlex.quote(str(getattr(config, f.name)))}" if f.type is not bool else "")
-                                                       for f in fields(Config) if getattr(config, f.name) != (f.default if f.name != "k" else 4 if config.method == "dr_grpo" else 1))
-    keys = ("greedy_accuracy", "sampled_accuracy", "pass_at_8", "entropy", "length", "problems")
-    write(args.out / "eval.json", json.dumps({key: result[key] for key in keys}, indent=1) + "\n")
-    write(args.out / "train.json", json.dumps(dict(command=command, seed=config.seed, versions=versions, result=result), indent=1) + "\n")
-    with (args.out / "metrics.csv").open(encoding="utf8") as file:
-        plot_curve(args.out / "curve.png", [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)], result["tests"], config)
-    tests = [row["greedy_accuracy"] for row in result["tests"]]
-    log(f"greedy, {min(config.test_problems, result['problems'])} test problems: {tests[0]:.1%} before, {max(tests):.1%} at best, {tests[-1]:.1%} at the end. All {result['problems']} test problems: greedy "
-        f"{result['greedy_accuracy']:.1%}, drawn {result['sampled_accuracy']:.1%}, one of eight {result['pass_at_8']:.1%}, {result['train_seconds']:.0f} s")
-    if torch.cuda.is_available() and accelerator.device.type == "cuda":
-        log(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-    elif sys.platform != "win32":
-        import resource
-        log(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6):.1f} GB")
-    log(f"policy, metrics and curve are in {args.out}")
-    if config.model != "random":
-        log(f"Look at its answers: python {HERE / 'kl_bernoulli_eval.py'} --weights {args.out} --show 3")
+    if accelerator.is_main_process:
+        save(policy, tokenizer, out / "policy")
+        about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+        write(out / "train.json", json.dumps(about, indent=1) + "\n")
+        log(f"policy, best policy and tables are in {out}")
+        if not args.smoke:
+            start_judge(out, args)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:                                       # whoever read our output (head, less) has gone
+    except BrokenPipeError:                           # whoever read our output (head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)

@@ -654,7 +654,7 @@ def distinct2(texts):
 
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (models, files,
-# ==== checks, command line). Nothing below changes what is learnt. ===============================
+# ==== checks, command line). You do not need it to understand the algorithm. =====================
 
 # ---- the reward model, models, prompts --------------------------------------------------------
 

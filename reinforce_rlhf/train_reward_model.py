@@ -337,7 +337,7 @@ def recent(rows, clock, count):
 
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (data, models,
-# ==== files, checks, command line). Nothing below changes what is learnt. ========================
+# ==== files, checks, command line). You do not need it to understand the algorithm. ==============
 
 # ---- data -------------------------------------------------------------------------------------
 

@@ -641,7 +641,7 @@ def train(config, out, accelerator, log=print, bar=False):
 
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (models, files,
-# ==== checks, command line). Nothing below changes what is learnt. ===============================
+# ==== checks, command line). You do not need it to understand the algorithm. =====================
 
 # ---- models -----------------------------------------------------------------------------------
 

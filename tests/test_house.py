@@ -1,9 +1,11 @@
 """What a machine can check of the house style, for every lesson that exists."""
 import ast
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 
 import pytest
@@ -20,6 +22,10 @@ LESSONS = [folder for folder in FOLDERS if (REPO / folder).is_dir()]
 SCRIPTS = sorted(path for folder in LESSONS for path in (REPO / folder).glob("*.py"))
 READMES = [REPO / "README.md", *(REPO / folder / "README.md" for folder in LESSONS)]
 OWN_CODE = {"main", "parse_args", "Config", "train", "check_together"}      # the names that may stand for different code in two scripts of a folder
+MARK = "The first reading ends here"
+GAMES = {"cartpole_reinforce", "tictactoe_actorcritic", "lunarlander_ppo"}
+TRAINERS = [path for path in SCRIPTS if path.name.startswith("train_")]
+EVALS = [path for path in SCRIPTS if path.name.endswith("_eval.py")]
 per_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 per_lesson = pytest.mark.parametrize("folder", LESSONS)
 
@@ -137,3 +143,62 @@ def test_readme_commands_and_links_exist(readme):
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[script]), f"{name} has no flag {flag}"
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(r'src="(?!https?:)([^"]+)"', text):
         assert (readme.parent / link).exists(), link
+
+
+# ---- what a script costs its reader ---------------------------------------------------------------------------------
+
+def kinds_of_lines(source):
+    """(numbers of the lines that hold code, numbers of those that hold words: docstring or comment), blank ones in neither."""
+    words, code = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            words.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    docstrings = set(words)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            words.add(token.start[0])
+        elif token.string.strip() and token.type != tokenize.ENDMARKER:
+            code.update(range(token.start[0], token.end[0] + 1))
+    filled = {number for number, line in enumerate(source.split("\n"), 1) if line.strip()}
+    return (code & filled) - docstrings, words & filled
+
+
+def nodes_per_line(source, code):
+    """Syntax nodes that begin on the lines `code`, per line: what a reader has to unpack."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if getattr(node, "lineno", None) in code]
+    return len(nodes) / len(code)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda path: path.name)
+def test_a_trainer_can_be_read_in_one_sitting(trainer):
+    source = trainer.read_text(encoding="utf8")
+    lines = source.split("\n")
+    marks = [number for number, line in enumerate(lines, 1) if MARK in line]
+    assert len(marks) == 1, "one line says where the first reading ends"
+    code, words = kinds_of_lines(source)
+    first, rest = {n for n in code if n < marks[0]}, {n for n in code if n > marks[0]}
+    game = trainer.parent.name in GAMES
+    assert len(first) <= (300 if game else 400), f"first reading: {len(first)} lines of code"
+    assert len(rest) <= (260 if game else 280), f"rest: {len(rest)} lines of code"
+    told = len([n for n in words if n < marks[0]]) / len(first)
+    assert told >= 0.5, f"{told:.2f} lines of words per line of code"
+    assert nodes_per_line(source, first) <= 8, f"{nodes_per_line(source, first):.2f} syntax nodes per line"
+    assert max(map(len, lines)) <= 100
+    train = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert len([n for n in code if train.lineno <= n <= train.end_lineno]) <= 50
+    assert "matplotlib" not in source, "pictures belong to the eval script"
+
+
+@pytest.mark.parametrize("script", EVALS, ids=lambda path: path.name)
+def test_an_eval_judges_shows_and_plays(script):
+    code, _ = kinds_of_lines(script.read_text(encoding="utf8"))
+    assert len(code) <= 300, f"{len(code)} lines of code; tables and figures belong into study.py"
+
+
+@pytest.mark.parametrize("script", TRAINERS + EVALS, ids=lambda path: path.name)
+def test_plain_words_on_a_narrow_page(script):
+    """Words at which readers stopped, and lines that no screen shows."""
+    text = script.read_text(encoding="utf8")
+    for word in ("write-up", "leave the flag", "flag away", "behind the end", "drawn from the policy"):
+        assert word not in text, word
+    assert max(map(len, text.split("\n"))) <= 100

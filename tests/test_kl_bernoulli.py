@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,13 +24,14 @@ from conftest import REPO, assert_one_line_error, call, load, run
 
 FOLDER = REPO / "kl_bernoulli_gsm8k"
 TRAIN, EVAL = FOLDER / "train_kl_bernoulli.py", FOLDER / "kl_bernoulli_eval.py"
-train, evaluation, base_model = load("kl_bernoulli_gsm8k/train_kl_bernoulli.py"), load("kl_bernoulli_gsm8k/kl_bernoulli_eval.py"), load("kl_bernoulli_gsm8k/make_base_model.py")
+train, evaluation = load("kl_bernoulli_gsm8k/train_kl_bernoulli.py"), load("kl_bernoulli_gsm8k/kl_bernoulli_eval.py")
+base_model, gsm8k, study = (load(f"kl_bernoulli_gsm8k/{name}.py") for name in ("make_base_models", "get_gsm8k", "study"))
 torch.set_num_threads(1)
 WORLD = json.loads((FOLDER / "world.json").read_text(encoding="utf8"))
 OFFICIAL = REPO.parent / "shared" / "data" / "gsm8k"
 SIZES = dict(vocab_size=40, pad_token_id=0, eos_token_id=2, bos_token_id=None)
-VARIANTS = [dict(method="kl_batch"), dict(method="kl_correct"), dict(method="kl_correct", detach_max=True), dict(method="kl_correct", entropy_coef=-0.1), dict(method="fixed_half"),
-            dict(method="fixed_half", half_tokens="all"), dict(method="fixed_half", entropy_coef=-0.1), dict(method="dr_grpo", k=4), dict(method="dr_grpo", k=4, entropy_coef=0.05)]
+VARIANTS = [dict(method="kl_batch"), dict(method="kl_correct"), dict(method="kl_correct", detach_max=True), dict(method="kl_correct", ent_coef=-0.1), dict(method="fixed_half"),
+            dict(method="fixed_half", half_tokens="all"), dict(method="fixed_half", ent_coef=-0.1), dict(method="dr_grpo", group_size=4), dict(method="dr_grpo", group_size=4, ent_coef=0.05)]
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(map(str, v.values())))
 
 
@@ -54,11 +56,11 @@ def a_batch(seed=0, B=8, T=4, L=6):
     prompt_mask = (torch.arange(T) >= torch.randint(0, T, (B,), generator=g)[:, None]).long()
     prompt_mask[0] = 1
     return dict(prompt_ids=torch.randint(3, 40, (B, T), generator=g), prompt_mask=prompt_mask, completion_ids=torch.randint(3, 40, (B, L), generator=g), completion_mask=mask,
-                logprobs=torch.zeros(B, L), rewards=torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0] * (B // 8)))
+            old_logprobs=torch.zeros(B, L), rewards=torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0] * (B // 8)))
 
 
 def config(**changes):
-    return train.Config(**(dict(grad_clip=1e9, max_new_tokens=6, k=1, micro_batch=8) | changes))
+    return train.Config(**(dict(max_grad_norm=1e9, max_new_tokens=6, group_size=1, micro_batch=8) | changes))
 
 
 def gradient_of(model, settings, batch):
@@ -87,8 +89,8 @@ def loss64(model, settings, batch):
         logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1:-1] / settings.temperature
         logp, log1mp, logP, log1mP, entropy = terms64(logits, batch["completion_ids"][i, :n])
         if settings.method == "dr_grpo":
-            group = rewards[i // settings.k * settings.k:][:settings.k]
-            total = total - ((reward - group.mean()) * logp).sum() / (len(rewards) * settings.max_new_tokens) - settings.entropy_coef * entropy.mean() / len(rewards)
+            group = rewards[i // settings.group_size * settings.group_size:][:settings.group_size]
+            total = total - ((reward - group.mean()) * logp).sum() / (len(rewards) * settings.max_new_tokens) - settings.ent_coef * entropy.mean() / len(rewards)
             continue
         if settings.detach_max:
             logP, log1mP = logP.detach(), log1mP.detach()
@@ -98,7 +100,7 @@ def loss64(model, settings, batch):
         else:
             each = (logP.exp() * (logP.exp() / logp.exp()).log() + log1mP.exp() * (log1mP.exp() / log1mp.exp()).log()).mean()
         if reward:
-            total = total + (each - settings.entropy_coef * entropy.mean()) / (len(rewards) if settings.method == "kl_batch" else correct)
+            total = total + (each - settings.ent_coef * entropy.mean()) / (len(rewards) if settings.method == "kl_batch" else correct)
     return total
 
 
@@ -137,7 +139,7 @@ def toy(*logits):
     return torch.tensor([logits], dtype=torch.float64, requires_grad=True)
 
 
-def test_kl_loss_and_its_gradient_vanish_where_the_drawn_token_is_the_likeliest():
+def test_kl_loss_and_its_gradient_vanish_where_the_sampled_token_is_the_likeliest():
     for detach in (False, True):
         logits = toy(0.3, 2.0, -1.0)
         loss = train.kl_loss(*train.token_terms(logits, torch.tensor([1]))[:4], detach).sum()
@@ -146,12 +148,12 @@ def test_kl_loss_and_its_gradient_vanish_where_the_drawn_token_is_the_likeliest(
         loss = train.kl_loss(*train.token_terms(logits, torch.tensor([0]))[:4], detach).sum()
         assert loss.item() > 0.1
         gradient, = torch.autograd.grad(loss, logits)
-        assert gradient[0, 0] < 0 < gradient[0, 1]                # the drawn token is pulled up, the likeliest one down
+        assert gradient[0, 0] < 0 < gradient[0, 1]                # the sampled token is pulled up, the likeliest one down
 
 
 @pytest.mark.parametrize("detach, wanted", [(False, 0.400), (True, 0.420)])
 def test_kl_loss_ends_where_both_tokens_are_alike(detach, wanted):
-    """The end is p = P: the drawn token never wins. Where on that line depends on detaching."""
+    """The end is p = P: the sampled token never wins. Where on that line depends on detaching."""
     logits = toy(0.0, 1.5, -0.5, -1.0)
     optimizer = torch.optim.SGD([logits], lr=0.05)
     for _ in range(6000):
@@ -175,7 +177,7 @@ def test_half_loss_has_its_minimum_at_one_half_and_the_gradient_p_minus_one_half
             assert loss.item() >= 0 and (not used or (loss.item() < 1e-12) == (value == 0))
 
 
-def test_half_loss_at_many_tokens_moves_the_drawn_tokens_logit_by_p_minus_one_half():
+def test_half_loss_at_many_tokens_moves_the_sampled_tokens_logit_by_p_minus_one_half():
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     ids = torch.arange(50) % 7
     logp, log1mp, *_ = train.token_terms(logits, ids)
@@ -186,7 +188,7 @@ def test_half_loss_at_many_tokens_moves_the_drawn_tokens_logit_by_p_minus_one_ha
 @pytest.mark.parametrize("gap", [1, 17, 30, 60, 100])
 @pytest.mark.parametrize("drawn", [0, 1])
 def test_losses_stay_finite_and_exact_at_any_gap(gap, drawn):
-    """One logit far ahead, the token drawn is that one or another one; fp32. log1p(−exp(log p)) is lost from 17 on."""
+    """One logit far ahead, the sampled token is that one or another one; fp32. log1p(−exp(log p)) is lost from 17 on."""
     logits, ids = torch.tensor([[float(gap), 0.0, 0.0]], requires_grad=True), torch.tensor([drawn])
     terms = train.token_terms(logits, ids)
     with torch.no_grad():
@@ -234,14 +236,18 @@ def test_parts_chunks_and_order_do_not_change_the_gradient(variant):
 
 
 @each_model
-def test_gradient_checkpointing_changes_nothing(model):
-    import copy
+def test_gradient_checkpointing_changes_nothing_and_leaves_dropout_off(model, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
     batch = a_batch()
     whole, _ = gradient_of(model, config(method="kl_correct"), batch)
-    other = copy.deepcopy(model)
-    other.activation_checkpointing_enable()
-    torch.testing.assert_close(gradient_of(other, config(method="kl_correct", gradient_checkpointing=True), batch)[0], whole, atol=1e-6, rtol=1e-4)
-    assert not any(module.training for module in other.modules())
+    model.save_pretrained(tmp_path / "m")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<end>": 2, "<unk>": 1}, unk_token="<unk>")), eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "m")
+    settings = config(method="kl_correct", gradient_checkpointing=True, model=str(tmp_path / "m"))
+    other, _ = train.load_policy(settings)
+    assert not other.training and other.is_gradient_checkpointing
+    other.train()                                                 # as train() does around update(); GPT-2 has dropout of .1 by default
+    torch.testing.assert_close(gradient_of(other, settings, batch)[0], whole, atol=1e-6, rtol=1e-4)
 
 
 def test_wrong_answers_do_not_enter_and_without_right_ones_nothing_moves():
@@ -266,8 +272,8 @@ def test_policy_gradient_of_a_toy_by_enumeration():
     total = torch.zeros(3, dtype=torch.float64)
     for pair in itertools.product(range(3), repeat=2):
         pair = list(pair)
-        weights = train.sequence_weights(config(method="dr_grpo", k=2, max_new_tokens=1), value[pair], torch.ones(2, 1, dtype=torch.float64), 2, 1)
-        loss = (weights[:, 0] * train.token_losses(config(method="dr_grpo"), (logp[pair], None, None, None, None))).sum()
+        weights = train.sequence_weights(config(method="dr_grpo", group_size=2, max_new_tokens=1), value[pair], torch.ones(2, 1, dtype=torch.float64), 2, 1)
+        loss = (weights[:, 0] * train.token_losses(config(method="dr_grpo"), train.TokenTerms(logp[pair], None, None, None, None))).sum()
         total -= torch.autograd.grad(loss, logits, retain_graph=True)[0] * logp[pair].sum().exp().detach()
     torch.testing.assert_close(total, exact / 2)
 
@@ -294,18 +300,18 @@ def test_dr_grpo_equals_trl(tmp_path):
     trainer.model.zero_grad()
     loss.backward()
     theirs = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-    ours, _ = gradient_of(MODELS["qwen2"], config(method="dr_grpo", k=4, micro_batch=3), batch)
+    ours, _ = gradient_of(MODELS["qwen2"], config(method="dr_grpo", group_size=4, micro_batch=3), batch)
     assert (ours - theirs).norm() / theirs.norm() < 1e-5          # the values differ: TRL's ratio is 1, ours is log π
 
 
-# ---- drawing --------------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------------------------
 
 PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 2, 9, 10], [0, 11, 12, 13]])
 PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
 
 
 @each_model
-def test_drawn_logprobs_equal_a_second_pass_and_masks_end_at_the_first_end(model):
+def test_sampled_logprobs_equal_a_second_pass_and_masks_end_at_the_first_end(model):
     ends = [2, 3, 4, 5, 6]
     ids, mask, logprobs = train.generate(model, PROMPTS, PROMPT_MASK, 10, 12, 0.8, ends, torch.Generator().manual_seed(0))
     for i, (row, m) in enumerate(zip(ids, mask)):
@@ -317,7 +323,7 @@ def test_drawn_logprobs_equal_a_second_pass_and_masks_end_at_the_first_end(model
 
 @each_model
 def test_temperature_zero_takes_the_most_likely_token(model):
-    ids, mask, _ = train.generate(model, PROMPTS, PROMPT_MASK, 1, 8, 0.0, [2])
+    ids, mask, _ = train.generate(model, PROMPTS, PROMPT_MASK, 1, 8, 0.0, [2], None)
     for i, row in enumerate(ids):
         sequence = PROMPTS[i][PROMPT_MASK[i] == 1]
         for token in row[:int(mask[i].sum())]:
@@ -382,21 +388,26 @@ def test_all_official_answers_parse(tmp_path):
             assert train.reward_of(answer, result + 1, thinks=False) == 0.0 and train.reward_of(answer, result, thinks=True) == 0.0
             fooled += train.reward_of(f"</think>#### 1{answer.split('####')[1].strip().replace(',', '')}", result, True, substring=True)
     assert fooled > 8000                                          # a 1 in front: nearly every one of these wrong answers passes as a substring
-    process = call(train, "--data", "gsm8k", "--data-dir", OFFICIAL, "--steps", "1", "--out", tmp_path / "o")
+    process = call(train, "--data", "gsm8k", "--data-dir", OFFICIAL, "--updates", "1", "--out", tmp_path / "o")
     assert_one_line_error(process, "context")                     # the small model cannot read them all, and says so
 
 
 def test_the_download_is_checked(tmp_path, monkeypatch):
     import io
-    monkeypatch.setattr(train.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"something else"))
-    process = call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d", "--out", tmp_path / "o")
-    assert_one_line_error(process, "SHA-256")
-    assert not (tmp_path / "d").exists() and not list((tmp_path / "o").iterdir())
-    monkeypatch.setitem(train.GSM8K, "train.jsonl", "f41f3fa625ff120ddca7ef456bf66371ecea23c129f4e4c32367101edb516cf8")      # the first file is accepted, the second is not
-    assert_one_line_error(call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d", "--out", tmp_path / "o"), "SHA-256", "test.jsonl")
+    monkeypatch.setattr(gsm8k.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"something else"))
+    assert_one_line_error(call(gsm8k, "--data-dir", tmp_path / "d"), "SHA-256")
+    assert not (tmp_path / "d").exists()
+    monkeypatch.setitem(gsm8k.GSM8K, "train.jsonl", "f41f3fa625ff120ddca7ef456bf66371ecea23c129f4e4c32367101edb516cf8")      # the first file is accepted, the second is not
+    assert_one_line_error(call(gsm8k, "--data-dir", tmp_path / "d"), "SHA-256", "test.jsonl")
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["train.jsonl"]
-    monkeypatch.setattr(train.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
-    assert_one_line_error(call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d", "--out", tmp_path / "o"), "--data-dir")
+    monkeypatch.setattr(gsm8k.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
+    assert_one_line_error(call(gsm8k, "--data-dir", tmp_path / "d"), "--data-dir")
+
+
+def test_the_trainer_names_the_command_that_fetches_missing_problems(tmp_path):
+    process = call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d e", "--quiet", "--out", tmp_path / "o")
+    assert_one_line_error(process, "train.jsonl", f"{sys.executable} {FOLDER / 'get_gsm8k.py'} --data-dir '{tmp_path / 'd e'}'")
+    assert not (tmp_path / "d e").exists() and not list((tmp_path / "o").iterdir())
 
 
 # ---- the problems ---------------------------------------------------------------------------------------------------
@@ -431,7 +442,7 @@ def test_shipped_problems_are_new_ones():
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-TINY = ["--steps", "6", "--sequences", "16", "--test-every", "2", "--test-problems", "6", "--device", "cpu", "--quiet"]
+TINY = ["--updates", "6", "--batch-size", "16", "--eval-every", "2", "--eval-problems", "6", "--device", "cpu", "--quiet"]
 KEYS = {"greedy_accuracy", "sampled_accuracy", "pass_at_8", "entropy", "length", "problems"}
 
 
@@ -446,35 +457,78 @@ def data(tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_promises(tmp_path, data):
     before = (FOLDER / "weights" / "base" / "model.safetensors").read_bytes()
-    process = run(TRAIN, *TINY[:-1], "--data", data, "--out", tmp_path / "o")
+    out = tmp_path / "o"
+    process = run(TRAIN, *TINY[:-1], "--data", data, "--out", out)
     assert process.returncode == 0, process.stderr
-    for words in ("right", "drawing", "    -> ", "before", "at best", "peak memory", "policy, metrics and curve"):
+    for words in ("right", "gradient", "    -> ", "before", "at best", "target", "policy, best policy and tables", "greedy by steps", "Look at"):
         assert words in process.stdout, words
-    rows, tests = (list(csv.DictReader((tmp_path / "o" / f"{name}.csv").open())) for name in ("metrics", "tests"))
-    assert len(rows) == 6 and [row["step"] for row in tests] == ["0", "2", "4", "6"]
-    assert set(json.loads((tmp_path / "o" / "eval.json").read_text())) == KEYS
-    assert (tmp_path / "o" / "best" / "model.safetensors").exists() and (tmp_path / "o" / "curve.png").exists()
-    process = run(EVAL, "--weights", tmp_path / "o", "--samples", "8", "--show", "1", "--json", tmp_path / "e.json")
+    rows, tests = (list(csv.DictReader((out / f"{name}.csv").open())) for name in ("metrics", "tests"))
+    assert len(rows) == 6 and [row["update"] for row in tests] == ["0", "2", "4", "6"]
+    assert set(json.loads((out / "eval.json").read_text())) == KEYS
+    assert (out / "best" / "model.safetensors").exists() and (out / "curve.png").exists()
+    process = run(EVAL, "--weights", out, "--samples", "8", "--show", "1", "--json", tmp_path / "e.json")
     assert process.returncode == 0 and "greedy by steps" in process.stdout, process.stderr
-    assert json.loads((tmp_path / "e.json").read_text()) == json.loads((tmp_path / "o" / "eval.json").read_text())
-    process = call(evaluation, "--compare", tmp_path / "o", tmp_path / "o", "--figure", tmp_path / "c.png")
+    assert json.loads((tmp_path / "e.json").read_text()) == json.loads((out / "eval.json").read_text())
+    process = call(study, "--compare", out, out, "--figure", tmp_path / "c.png")
     assert process.returncode == 0 and (tmp_path / "c.png").exists()
     assert (FOLDER / "weights" / "base" / "model.safetensors").read_bytes() == before
+    # --run judges it again, with the same result, and prints a next step that works as it stands
+    first = {name: (out / name).read_bytes() for name in ("eval.json", "curve.png")}
+    for name in first:
+        (out / name).unlink()
+    process = run(EVAL, "--run", out)
+    assert process.returncode == 0, process.stderr
+    assert all((out / name).read_bytes() == content for name, content in first.items())
+    step = shlex.split(process.stdout.splitlines()[-1].partition("answers: ")[2])
+    process = subprocess.run([*step, "--samples", "1"], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 0 and process.stdout.count("\n  ") == 3 + 1, process.stderr
+    process = run(EVAL, "--run", out, "--quiet")
+    assert process.returncode == 0 and not process.stdout
+
+
+def test_run_takes_finished_runs_only(tmp_path, data):
+    (tmp_path / "config.json").write_text("{}")
+    assert_one_line_error(call(evaluation, "--run", tmp_path), "train.json")
+    (tmp_path / "train.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{")
+    assert_one_line_error(call(evaluation, "--run", tmp_path), "config.json")
+
+
+def test_latest_is_the_newest_run_that_is_no_smoke_run(tmp_path, monkeypatch):
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+        assert_one_line_error(call(module, "--resume" if module is train else "--run", "latest"), "latest")
+    for when, name in enumerate(("old", "new", "newer_smoke")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        for file in ("train.json", "checkpoint.pt"):
+            (tmp_path / "runs" / name / file).write_text("")
+            os.utime(tmp_path / "runs" / name / file, (when, when))
+    assert train.newest_run("checkpoint.pt").name == evaluation.newest_run("train.json").name == "new"
+    assert_one_line_error(call(train, "--resume", "latest"), "new", "config.json")
+
+
+def test_an_answer_keeps_the_end_of_its_thoughts_special_or_not():
+    from tokenizers import AddedToken
+    for special in (False, True):
+        _, tokenizer = train.load_policy(train.Config())
+        tokenizer.add_tokens([AddedToken("</think>", special=special)], special_tokens=special)
+        ids = torch.tensor([tokenizer("7+8=15\n</think>\n#### 15<|end|>")["input_ids"]])
+        assert train.answer_texts(tokenizer, ids, torch.ones(ids.shape)) == ["7+8=15\n</think>\n#### 15"]
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_preset_runs(preset, tmp_path, data):
-    process = call(train, *TINY, "--preset", preset, "--steps", "1", "--test-problems", "1", "--data", data, "--out", tmp_path / "o")
+    process = call(train, *TINY, "--preset", preset, "--updates", "1", "--eval-problems", "1", "--data", data, "--out", tmp_path / "o")
     assert process.returncode == 0, process.stderr
     stored = json.loads((tmp_path / "o" / "config.json").read_text())
-    assert all(stored[name] == value for name, value in train.PRESETS[preset].items()) and stored["k"] == (4 if preset == "gsm8k_reinforce" else 1)
+    assert all(stored[name] == value for name, value in train.PRESETS[preset].items()) and stored["group_size"] == (4 if preset == "gsm8k_reinforce" else 1)
 
 
-def test_full_size_settings_are_those_of_the_write_up(tmp_path, monkeypatch):
+def test_full_size_settings_are_those_of_the_thesis(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert_one_line_error(call(train, "--full-size", "--preset", "gsm8k_0_1", "--quiet", "--out", tmp_path / "o"), "Qwen/Qwen3-4B-Thinking-2507", "hub")
     full = train.Config(**train.FULL_SIZE)
-    assert full.steps * 512 // 7473 in (143, 144) and (full.sequences, full.lr, full.weight_decay, full.grad_clip, full.temperature, full.max_new_tokens, full.test_every) == (512, 1e-6, 0.01, 1.0, 1.0, 8192, 5)
+    assert full.updates * 512 // 7473 in (143, 144) and (full.batch_size, full.lr, full.weight_decay, full.max_grad_norm, full.temperature, full.max_new_tokens, full.eval_every) == (512, 1e-6, 0.01, 1.0, 1.0, 8192, 5)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -492,7 +546,8 @@ def test_resume_equals_the_uninterrupted_run(how, tmp_path, data):
     assert run(TRAIN, "--quiet", "--resume", tmp_path / "stopped").returncode == 0
     for name in ("metrics.csv", "tests.csv", "eval.json", "config.json", "curve.png", "policy/model.safetensors", "best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
-    assert_one_line_error(call(train, "--resume", tmp_path / "stopped", "--lr", "0.3"), "lr", "0.3")
+    for flags in (["--lr", "1e-4"], ["--smoke"], ["--out", tmp_path / "x"], ["--preset", "gsm8k_0"], ["--full-size"]):
+        assert_one_line_error(call(train, "--resume", tmp_path / "stopped", *flags), "--device")
 
 
 WORKER = """
@@ -548,14 +603,14 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 @pytest.mark.parametrize("method", ["dr_grpo", "kl_correct"])
 def test_two_processes_train_together(method, tmp_path, data):
-    process = launch(2, TRAIN, *TINY[:-1], "--steps", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
-    assert " × 2 · model" in process.stdout
-    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["steps"] == 2
+    process = launch(2, TRAIN, *TINY[:-1], "--updates", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
+    assert f" × 2 · {method} · seed" in process.stdout
+    assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["updates"] == 2
 
 
 @pytest.mark.parametrize("name", train.BREAKS)
 def test_every_broken_variant_runs(name, tmp_path, data):
-    process = call(train, *TINY[:-1], "--steps", "1", "--break", name, "--method", "kl_correct", "--data", data, "--out", tmp_path / "o")
+    process = call(train, *TINY[:-1], "--updates", "1", "--break", name, "--method", "kl_correct", "--data", data, "--out", tmp_path / "o")
     assert process.returncode == 0 and f"BROKEN: {name}" in process.stdout or name == "naive-log1mp" and "not finite" in process.stderr, process.stderr
 
 
@@ -563,8 +618,8 @@ def test_no_correct_answer_skips_the_update_and_says_so(tmp_path, data):
     (tmp_path / "d").mkdir()
     for name in ("train", "test"):
         (tmp_path / "d" / f"{name}.jsonl").write_text(json.dumps(dict(question="Ana has 20 apples.", answer="#### 123456789")) + "\n")
-    process = call(train, *TINY[:-1], "--method", "kl_batch", "--data", tmp_path / "d", "--out", tmp_path / "o", "--steps", "2")
-    assert process.returncode == 0 and process.stdout.count("no correct answer in the batch: no update") == 2, process.stderr
+    process = call(train, *TINY[:-1], "--method", "kl_batch", "--data", tmp_path / "d", "--out", tmp_path / "o", "--updates", "2")
+    assert process.returncode == 0 and process.stdout.count("no correct answers in the batch: no update") == 2, process.stderr
     from safetensors.torch import load_file
     old, new = (load_file(path / "model.safetensors") for path in (FOLDER / "weights" / "base", tmp_path / "o" / "policy"))
     assert all(torch.equal(old[name], new[name]) for name in old)
@@ -577,8 +632,8 @@ def test_a_gradient_that_is_not_finite_stops_with_the_checkpoint_intact(tmp_path
         calls.append(1)
         return original(*arguments) * (math.nan if len(calls) == 3 else 1.0)
     monkeypatch.setattr(train, "batch_loss", poisoned)
-    process = call(train, *TINY, "--method", "kl_correct", "--sequences", "64", "--data", data, "--out", tmp_path / "o")
-    assert_one_line_error(process, "step 3", "not finite", "intact")
+    process = call(train, *TINY, "--method", "kl_correct", "--batch-size", "64", "--data", data, "--out", tmp_path / "o")
+    assert_one_line_error(process, "not finite", "--lr", "intact")
     monkeypatch.undo()
     assert call(train, "--quiet", "--resume", tmp_path / "o").returncode == 0
     assert len((tmp_path / "o" / "metrics.csv").read_text().splitlines()) == 7
@@ -587,13 +642,13 @@ def test_a_gradient_that_is_not_finite_stops_with_the_checkpoint_intact(tmp_path
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_a_run_with_another_model(kind, tmp_path, monkeypatch, data):
     """Another shape, another tokenizer without a chat format; told the format by --instruction."""
-    _, tokenizer = train.load_policy(str(FOLDER / "weights" / "base"))
+    _, tokenizer = train.load_policy(train.Config())
     tokenizer.chat_template = None
     model = MODELS[kind]
     type(model)(type(model.config)(**(model.config.to_dict() | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)))).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     monkeypatch.chdir(tmp_path)
-    process = call(train, "--model", "m", "--instruction", "End with ####.", *TINY, "--steps", "1", "--data", data, "--out", "o")
+    process = call(train, "--model", "m", "--instruction", "End with ####.", *TINY, "--updates", "1", "--data", data, "--out", "o")
     assert process.returncode == 0, process.stderr
     monkeypatch.chdir("/")
     assert call(evaluation, "--weights", tmp_path / "o", "--samples", "2", "--max-new-tokens", "20").returncode == 0
@@ -603,10 +658,10 @@ def test_pass_at_k_and_maj_at_k_by_enumeration():
     right = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
     for k in (1, 2, 4, 5):
         wanted = np.mean([np.mean([any(row[list(some)]) for some in itertools.combinations(range(5), k)]) for row in right])
-        assert train.pass_at(right, k) == pytest.approx(wanted)
+        assert evaluation.pass_at(right, k) == pytest.approx(wanted)
     texts = ["</think>#### 5", "</think>#### 5.0", "</think>#### 6", "none", "none", "none", "</think>#### 7", "</think>#### 8", "</think>#### 8"]
-    problems = [("", Fraction(5), 1), ("", Fraction(5), 1), ("", Fraction(7), 1)]
-    assert evaluation.maj_at(texts, problems, 3, True) == pytest.approx(1 / 3)
+    problems = [evaluation.Problem("", Fraction(number), 1) for number in (5, 5, 7)]
+    assert evaluation.maj_at([evaluation.result_of(text, True) for text in texts], problems) == pytest.approx(1 / 3)
 
 
 def test_shipped_policy_is_better_than_the_base_on_unseen_problems(tmp_path):
@@ -627,10 +682,10 @@ def test_prompt_answers_one_problem():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--k", "1"], ["--k", "2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--method", "ppo"], ["kl_batch"]), (["--half-tokens", "some"], ["confident"]),
-    (["--sequences", "6"], ["--sequences", "--k"]), (["--preset", "gsm8k_1"], ["gsm8k_0p5_test"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--data", "nowhere"], ["nowhere"]),
-    (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["per-rank-mean"]), (["--break", "train-on-wrong"], ["kl_batch"]), (["--stepz", "1"], ["--help"]), (["--steps", "x"], ["--help"]),
-    (["--resume", "nowhere"], ["no such directory"]), (["--resume", ".", "--preset", "gsm8k_0"], ["new run"]), (["--log-with", "wandb"], ["pip install wandb"]), (["--entropy-coef", "nan"], ["--entropy-coef"])])
+    (["--group-size", "1"], ["--group-size", "2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--method", "ppo"], ["kl_batch"]), (["--half-tokens", "some"], ["confident"]),
+    (["--batch-size", "6"], ["--batch-size", "--group-size"]), (["--preset", "gsm8k_1"], ["gsm8k_0p5_test"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--data", "nowhere"], ["nowhere"]),
+    (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["per-rank-mean"]), (["--break", "train-on-wrong"], ["kl_batch"]), (["--updatez", "1"], ["--help"]), (["--updates", "x"], ["--help"]),
+    (["--resume", "nowhere"], ["nowhere", "config.json"]), (["--resume", ".", "--preset", "gsm8k_0"], ["--device"]), (["--log-with", "wandb"], ["pip install wandb"]), (["--ent-coef", "nan"], ["--ent-coef"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
 
@@ -639,7 +694,7 @@ GOOD = json.dumps(dict(question="1+1?", answer="1+1=2\n#### 2"))
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", ["empty"]), (GOOD + "\n\n" + GOOD, ["line 2", "JSON"]), ("{", ["line 1", "JSON"]), ("[" * 100_000, ["line 1", "JSON"]), ('{"question": "a"}', ["answer"]), ('{"answer": "#### 2"}', ["question"]), ("[1]", ["question"]),
+    ("", ["line 1", "JSON"]), (GOOD + "\n\n" + GOOD, ["line 2", "JSON"]), ("{", ["line 1", "JSON"]), ("[" * 100_000, ["line 1", "JSON"]), ('{"question": "a"}', ["answer"]), ('{"answer": "#### 2"}', ["question"]), ("[1]", ["question"]),
     ('{"question": 1, "answer": "#### 2"}', ["question"]), (json.dumps(dict(question="a", answer="2")), ["line 1", "####"]), (GOOD + "\n" + json.dumps(dict(question="a", answer="#### two")), ["line 2", "number", "two"]),
     (json.dumps(dict(question="a", answer="####")), ["number"]), ('{"question": "\\ud800", "answer": "#### 2"}', ["JSON"]), (json.dumps(dict(question="why " * 400, answer="#### 2")), ["context", "why"]), (b"\xff\xfe", ["UnicodeDecodeError"])])
 def test_trainer_refuses_malformed_data_and_leaves_nothing(content, words, tmp_path):
@@ -650,9 +705,16 @@ def test_trainer_refuses_malformed_data_and_leaves_nothing(content, words, tmp_p
     assert not list((tmp_path / "o").iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--json", "no/such/x.json"], ["--compare", "nowhere"], ["--data", "nowhere"], ["--prompt", "why " * 300],
-                                       ["--figure", "."], ["--limit", "-1"], ["--samples", "4", "--json", "e.json"], ["--weights", "latest"]])
+@pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--json", "no/such/x.json"], ["--run", "nowhere"], ["--data", "nowhere"], ["--prompt", "why " * 300],
+                                       ["--limit", "-1"], ["--samples", "4", "--json", "e.json"], ["--weights", "latest"]])
 def test_eval_refuses_bad_values(arguments, tmp_path):
-    if arguments == ["--weights", "latest"] and list(FOLDER.glob("runs/**/policy")):
+    if arguments == ["--weights", "latest"] and list(FOLDER.glob("runs/*/train.json")):
         pytest.skip("there is a run")
     assert_one_line_error(call(evaluation, *arguments, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--compare", "nowhere"], ["--compare", "{run}", "--figure", "."]])
+def test_study_refuses_bad_values(arguments, tmp_path):
+    for name, header in (("metrics", "update,entropy,completion_length,loss\n1,1,1,1\n"), ("tests", "update,greedy_accuracy\n0,1\n")):
+        (tmp_path / f"{name}.csv").write_text(header)
+    assert_one_line_error(call(study, *(text.format(run=tmp_path) for text in arguments), cwd=tmp_path))

@@ -513,7 +513,7 @@ def faults(proof):
 
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (files, checks,
-# ==== command line). Nothing below changes what is learnt. =======================================
+# ==== command line). You do not need it to understand the algorithm. =============================
 
 # ---- what the console and the files show ------------------------------------------------------
 
