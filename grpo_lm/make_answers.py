@@ -46,7 +46,7 @@ def answers_of(model, reference, tokenizer, judge, prompts, samples, config, see
         batch = dict(prompt_ids=ids.repeat_interleave(samples, dim=0),                # [B, T]
                      prompt_mask=mask.repeat_interleave(samples, dim=0),
                      completion_ids=completion_ids, completion_mask=completion_mask)
-        ref_logprobs = score(reference, batch, config["temperature"], size=64)        # [B, L]
+        ref_logprobs = batch_logprobs(reference, batch, config["temperature"], size=64)        # [B, L]
         texts += answer_texts(tokenizer, completion_ids, completion_mask)
         lengths += completion_mask.sum(dim=1).tolist()
         kl += (logprobs - ref_logprobs).sum(dim=1).tolist()
@@ -95,7 +95,8 @@ def prompt_tokens(tokenizer, prompts):
     else:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     T = max(len(row) for row in rows)
-    # Which token pads does not matter: masks come from lengths, never from `ids != pad`
+    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
+    # be the end token, which also occurs as a real one
     pad = tokenizer.eos_token_id
     ids = [[pad] * (T - len(row)) + row for row in rows]
     mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
@@ -103,7 +104,7 @@ def prompt_tokens(tokenizer, prompts):
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
-    """The B answers as text. Training never uses the text, only the ids that were sampled."""
+    """The B answers as text, for the reward model and the reader. The loss uses the ids [B, L]."""
     texts = []
     for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu()):
         texts.append(tokenizer.decode(ids[mask > 0], skip_special_tokens=True).strip())
@@ -112,18 +113,19 @@ def answer_texts(tokenizer, completion_ids, completion_mask):
 
 @torch.no_grad()
 def reward_scores(model, tokenizer, prompts, answers, kind, size=64):
-    """One reward per answer [B], float32: the single logit of the reward model.
+    """One reward per answer [B], float32: the single logit of the reward model, any real number.
 
     kind: "pair" (prompt and answer as two texts), "chat" (the tokenizer's template), "text" (prompt
     and answer as one text). It must be what the reward model was trained on; "auto" guesses.
+    size: answers per forward pass. What exceeds the reward model's context is cut off.
     """
-    if kind == "auto":        # a tokenizer that knows a separator was trained on pairs of texts
-        kind = "pair" if tokenizer.sep_token else "text"
-        kind = "chat" if tokenizer.chat_template else kind
+    if kind == "auto":
+        kind = guess_reward_input(tokenizer)
     longest = min(tokenizer.model_max_length,
                   getattr(model.config, "max_position_embeddings", None) or 512)
-    order = sorted(range(len(answers)), key=lambda k: len(answers[k]))   # short ones together:
-    scores = torch.empty(len(answers))                                   # less padding
+    # Answers of similar length together: less padding
+    order = sorted(range(len(answers)), key=lambda k: len(answers[k]))
+    scores = torch.empty(len(answers))
     for start in range(0, len(order), size):
         part = order[start:start + size]
         asked = [prompts[k] for k in part]
@@ -139,82 +141,97 @@ def reward_scores(model, tokenizer, prompts, answers, kind, size=64):
             texts = [[f"{question} {answer}" for question, answer in zip(asked, said)]]
         tokens = tokenizer(*texts, add_special_tokens=kind != "chat", padding=True, truncation=True,
                            max_length=longest, return_tensors="pt").to(model.device)
-        scores[part] = model(**tokens).logits[:, 0].float().cpu()
+        scores[part] = model(**tokens).logits[:, 0].float().cpu()       # back in the old order
     return scores
 
 
 def end_tokens(model, tokenizer):
     """Ids that end an answer; a model may have several."""
-    more = getattr(model.generation_config, "eos_token_id", None) or []
-    more = more if isinstance(more, list) else [more]
-    return sorted({tokenizer.eos_token_id, *more})
+    others = getattr(model.generation_config, "eos_token_id", None) or []
+    others = others if isinstance(others, list) else [others]
+    return sorted({tokenizer.eos_token_id, *others})
 
 
 def sample_tokens(logprobs, generator):
-    """One token per row [A] from its log-probabilities [A, V].
+    """One token per row [S] from its log-probabilities [S, V].
 
-    The probabilities of a row are laid end to end on a line of length 1, and one uniform number
-    says in whose piece it falls. torch.multinomial would need V random numbers per row.
+    The probabilities of a row are laid end to end on a line of length 1, and a uniform random
+    number falls into the piece of one token. torch.multinomial would need V random numbers per row.
 
         0 |--- cat .5 ---|- dog .3 -|- E .2 -| 1        uniform = .62 -> dog
     """
-    line = logprobs.exp().cumsum(dim=-1)                                # [A, V]
-    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [A, 1]
-    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [A, 1]
-    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [A]
+    line = logprobs.exp().cumsum(dim=-1)                                # [S, V]
+    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [S, 1]
+    uniform = uniform * line[:, -1:]      # the line may end at .9999999 or 1.0000001: rounding
+    token = torch.searchsorted(line, uniform, right=True)               # [S, 1]
+    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
+
+
+def guess_reward_input(tokenizer):
+    """A tokenizer that separates two texts usually belongs to a model that was trained on pairs."""
+    if tokenizer.chat_template:
+        return "chat"
+    added = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
+    return "pair" if tokenizer.sep_token and added[1] > added[0] else "text"
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, ends, generator):
+def generate(model, prompt_ids, prompt_mask, group_size, max_new_tokens, temperature, ends,
+             generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
 
+    (model.generate() of transformers would add what the model's files ask for: top-k, penalties.)
     prompt_ids, prompt_mask [P, T]; ends: the ids that end an answer.
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # A prompt is read once; its keys and values then serve the G answers. Positions count from the
-    # first real token, because the padding is on the left.
+    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
+    # A prompt is read once; its cache then serves G answers. Positions count from the first real
+    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
     start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], a column per token
+    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
 
     B, device = len(mask), prompt_ids.device
     ends = torch.tensor(ends, device=device)
-    completion_ids = ends[0].repeat(B, longest)                         # [B, longest]
-    logprobs = torch.zeros(B, longest, device=device)                   # [B, longest]
-    # Finished answers leave the model's batch. Four answers, three tokens later; E ends an answer:
-    #     answer 0   the cat sat         rows = [0, 2]: only these two are still in the batch.
-    #     answer 1   yes E               What a row would write after its E is masked at the end.
+    completion_ids = ends[0].repeat(B, max_new_tokens)                  # [B, max_new_tokens]
+    logprobs = torch.zeros(B, max_new_tokens, device=device)            # [B, max_new_tokens]
+    # Finished answers leave the model's batch. Four answers after three steps; E ends an answer:
+    #     answer 0   the cat sat
+    #     answer 1   yes E
     #     answer 2   dogs run fast
     #     answer 3   E
-    rows = torch.arange(B, device=device)                               # [A]: answers in the batch
-    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [A]: have they ended?
-    for t in range(longest):
-        logp = (logits.float() / temperature).log_softmax(dim=-1)       # [A, V]
-        token = sample_tokens(logp, generator)                          # [A]
+    # rows = [0, 2] are still in the batch. Until it leaves, a finished answer goes on writing;
+    # the mask removes what it writes after its E.
+    rows = torch.arange(B, device=device)                               # [S]: answers in the batch
+    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [S]: have they ended?
+    for t in range(max_new_tokens):
+        logp = (logits.float() / temperature).log_softmax(dim=-1)       # [S, V]
+        token = sample_tokens(logp, generator)                          # [S]
         completion_ids[rows, t] = token
         logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
         finished = finished | torch.isin(token, ends)
-        if finished.all() or t == longest - 1:
+        if finished.all() or t == max_new_tokens - 1:
             break
-        # Not one by one: whenever some leave, the whole cache is copied
+        # Leaving copies the whole cache, so wait until a fifth of the answers has finished
         if (~finished).sum() < 0.8 * len(rows):
-            stay = ~finished                                            # [A]
+            stay = ~finished                                            # [S]
             rows, token, mask, position = rows[stay], token[stay], mask[stay], position[stay]
             finished = finished[stay]
             cache.batch_select_indices(stay)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [A, T + t + 1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [S, T + t + 1]
         position = position + 1
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    is_end = torch.isin(completion_ids, ends)                           # [B, longest]
-    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, longest]
+    # How many ends stand BEFORE each token?   yes E x E -> 0 0 1 1 -> mask 1 1 0 0
+    is_end = torch.isin(completion_ids, ends)                           # [B, max_new_tokens]
+    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, max_new_tokens]
     completion_mask = (ends_before == 0).float()
     L = int(completion_mask.sum(dim=1).max())
     completion_ids = completion_ids.masked_fill(completion_mask == 0, ends[0])
@@ -224,11 +241,13 @@ def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, e
 def completion_logprobs(model, batch, temperature):
     """log π(y_t | prompt, y_<t) of every token of the answers [B, L], nats; 0 where the mask is 0.
 
-    Prompts are padded on the left, answers on the right. A model's logits at one place predict the
-    NEXT token, so the logits for an answer begin one place before it:
+    generate() has computed the same numbers, but without a gradient. Prompts are padded on the
+    left, answers on the right. A model's logits at one place predict the NEXT token, so the logits
+    for an answer begin one place before it, and those at its last token are not used:
 
-        ids              pad  pad  What  is   it   | A    cat  E            T = 5, L = 3
-        logits used                          [it] -> A,  [A] -> cat,  [cat] -> E;  those of E: none
+        ids              pad  pad  What  is   it   | a    cat  E            T = 5, L = 3
+        logits used at                        it     a    cat
+        they predict                          a      cat  E
     """
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)            # [B, T + L]
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
@@ -237,6 +256,7 @@ def completion_logprobs(model, batch, temperature):
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                    logits_to_keep=L + 1).logits[:, :-1]                 # [B, L, V]
     logits = logits.float() / temperature                               # as in sampling
+    # log_softmax of the sampled tokens only, without a second tensor [B, L, V]
     chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)        # [B, L]
     return (chosen - logits.logsumexp(dim=-1)) * batch["completion_mask"]             # [B, L]
 
@@ -260,7 +280,7 @@ def parts_by_length(batch, size):
 
 
 @torch.no_grad()
-def score(model, batch, temperature, size):
+def batch_logprobs(model, batch, temperature, size):
     """completion_logprobs of a whole batch [B, L], part by part, without gradient."""
     result = torch.zeros_like(batch["completion_mask"])
     for rows, part in parts_by_length(batch, size):

@@ -1,34 +1,47 @@
-"""GRPO on a language model: sample several answers, and make the better ones more likely.
+"""Group Relative Policy Optimization (GRPO): sample several answers, make the better ones likelier.
 
     python train_grpo.py                                         about a minute on two cores
     python train_grpo.py --prompt "What is machine learning?"    one prompt only
     python train_grpo.py --preset gpt2                           GPT-2, DeBERTa reward model (hub)
     accelerate launch train_grpo.py                              several processes or GPUs
 
-Expect a win rate of 80 % or more against the model that training starts from.
+Expect a win rate of 80 % or more: how often grpo_eval.py, by a score that training never sees,
+prefers an answer of the trained model to one of the model that training started from.
 
 The algorithm
     repeat
-        sample G answers to each of P prompts, and keep their log-probabilities    generate
-        a reward model scores each answer                                          reward_scores
+        sample G answers to each of P prompts, with each token's log-probability   generate
+        a reward model gives each answer a number                                  reward_scores
         advantage <- how much better than the other answers of its group   Eq. 1   group_advantages
-        a step on the clipped ratio times the advantage                 Eq. 2, 4   grpo_loss
-            and a pull back towards the model that training started from   Eq. 3   kl_estimate
+        raise the probability of the tokens of better answers,          Eq. 2, 4   grpo_loss
+            but stay near the model that training started from             Eq. 3   kl_estimate
 
 The equations (README.md derives them)
     Eq. 1   A_i = (r_i − mean r) / (std r + 1e-4)          over the G answers to one prompt
     Eq. 2   ρ_t = π_θ(y_t|…) / π_old(y_t|…)                π_old: the policy that sampled the answer
     Eq. 3   k3 = exp(−d) − 1 + d,  d = log π_θ − log π_ref     estimates KL(π_θ‖π_ref), in nats
-    Eq. 4   L = −Σ_i Σ_t w_it·( min(ρ_t·A_i, clip(ρ_t, 1 ± ε)·A_i) − β·k3_t )
+    Eq. 4   loss = −Σ_i Σ_t w_it·( min(ρ_t·A_i, clip(ρ_t, 1 ± ε)·A_i) − β·k3_t )
             w_it = 1 / (B·|y_i|): the mean over an answer's tokens, then over the B answers
 
-New since the SPO lesson: many prompts, a learned reward, the policy's own answers only, and no
-value of any kind: the group is the yardstick.
-Deliberately left out: a critic; top-k and top-p in training (they would change the policy that
-samples); turning answers into text and back.
+In the words of lesson 1: a state is the prompt and the answer so far (the "…" of Eq. 2), an action
+is the next token y_t, an episode is a whole answer. The reward comes at its end, from a reward
+model: a network that was trained to give better answers a higher number. All tokens of an answer
+share its advantage. π_θ is the language model in training. π_ref, the reference, is a frozen copy
+of it as it was at the start. The KL divergence says how far π_θ has gone from there. Without that
+term the policy learns to fool the reward model (over-optimisation).
 
-Sources: GRPO arXiv 2402.03300; DAPO 2503.14476; Dr. GRPO 2503.20783.
-Shapes: P prompts of T tokens; G answers to each; B = P·G answers of at most L tokens; V vocabulary.
+With one gradient step per batch, the default, ρ is 1. The gradient of ρ·A is then A·∇log π: the
+policy gradient of lesson 1. The clip acts from --update-epochs 2 on. An answer is part of its own
+group's mean here: that only shrinks its advantage by 1 − 1/G, for all answers alike.
+
+New since the SPO lesson: many prompts, a learned reward, the policy's own answers only, and no
+estimate of a value: the mean of the group takes its place.
+Deliberately left out: a critic; top-k and top-p in training (they would change the policy that
+samples); turning the text of an answer back into tokens (they may be others).
+
+Sources: GRPO arXiv 2402.03300; its variants DAPO 2503.14476 and Dr. GRPO 2503.20783.
+Shapes: P prompts of T tokens; G answers to each; B = P·G answers of at most L tokens; V vocabulary;
+S answers that are still being written.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -81,26 +94,26 @@ class Config:
     prompt: str = hp("", "train on this one prompt")
     prompts: str = hp("", "file with one prompt per line (default: weights/prompts_train.txt)")
     # Sampling
-    updates: int = hp(40, "batches of answers. Too many: the score rises, quality falls", low=1)
+    updates: int = hp(40, "batches of answers. Too many: reward rises, real quality falls", low=1)
     batch_size: int = hp(256, "B, answers per update. Too low: noisy. Too high: slow", low=2)
-    group_size: int = hp(8, "G, answers per prompt. Too low: a bad yardstick. 4 to 16 are usual",
+    group_size: int = hp(8, "G, answers per prompt. Too low: mean and std are noisy. 4 to 16",
                          low=2)
     max_new_tokens: int = hp(64, "L, tokens after which an answer is cut off", low=1)
-    temperature: float = hp(1.0, "logits are divided by it, in sampling and in scoring", above=0)
+    temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", above=0)
     # The loss
-    clip_eps: float = hp(0.2, "ε, how far a ratio may leave 1 before it stops paying", above=0)
-    scale_rewards: str = hp("group", "divide by the std of the group (GRPO), of the batch, or by "
-                            "none (Dr. GRPO)", choices=("group", "batch", "none"))
+    clip_eps: float = hp(0.2, "ε: beyond 1 ± ε a ratio brings no more gain", above=0)
+    scale_rewards: str = hp("group", "divide advantages by the std of the group (GRPO), of the "
+                            "batch, or by none (Dr. GRPO)", choices=("group", "batch", "none"))
     loss_norm: str = hp("sequence", "mean over each answer, then over answers (GRPO); over all "
-                        "tokens (DAPO); divided by a constant (Dr. GRPO)",
+                        "tokens (DAPO); by B·max_new_tokens (Dr. GRPO)",
                         choices=("sequence", "token", "constant"))
-    kl: str = hp("k3", "estimator of the KL in the loss; reward: k1, taken off the reward",
+    kl: str = hp("k3", "form of the KL term (kl_estimate); reward: subtract it from rewards",
                  choices=("k1", "k2", "k3", "k3-ratio", "reward"))
     kl_coef: float = hp(0.2, "β, weight of the KL. 0: over-optimisation. Too high: nothing moves",
                         low=0)
     # The optimizer
     lr: float = hp(6e-4, "α, AdamW's step size. Too high: the text breaks. Too low: nothing moves. "
-                   "5e-6 to 5e-5 for GPT-2", above=0)
+                   "5e-6 to 5e-5 for a model like GPT-2", above=0)
     max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", above=0)
     update_epochs: int = hp(1, "gradient steps per batch; from the second on, ratios leave 1 and "
                             "the clip acts", low=1)
@@ -125,7 +138,9 @@ def load_policy(config):
     if tokenizer.eos_token_id is None:
         fail(f"model {config.model}: its tokenizer has no end-of-sequence token, so an answer "
              "would have no end; choose another one")
-    # The policy that samples and the one that is trained must be the same function
+    # The policy that samples and the one that is trained must be the same function, else the
+    # ratio of Eq. 2 is not 1 at the start. eval() is not enough: gradient checkpointing works in
+    # training mode only, and there dropout would come back
     if config.broken != "dropout-on":                                   # BREAK
         remove_dropout(model)
     if config.gradient_checkpointing:
@@ -137,7 +152,8 @@ def remove_dropout(model):
     """Sets every dropout probability to 0, so that train() and eval() compute the same."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            is_dropout = "drop" in name or name == "p" and isinstance(module, torch.nn.Dropout)
+            is_layer = isinstance(module, torch.nn.Dropout)
+            is_dropout = "drop" in name or (name == "p" and is_layer)
             if is_dropout and isinstance(value, float):
                 setattr(module, name, 0.0)
 
@@ -170,7 +186,8 @@ def prompt_tokens(tokenizer, prompts):
     else:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     T = max(len(row) for row in rows)
-    # Which token pads does not matter: masks come from lengths, never from `ids != pad`
+    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
+    # be the end token, which also occurs as a real one
     pad = tokenizer.eos_token_id
     ids = [[pad] * (T - len(row)) + row for row in rows]
     mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
@@ -178,7 +195,7 @@ def prompt_tokens(tokenizer, prompts):
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
-    """The B answers as text. Training never uses the text, only the ids that were sampled."""
+    """The B answers as text, for the reward model and the reader. The loss uses the ids [B, L]."""
     texts = []
     for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu()):
         texts.append(tokenizer.decode(ids[mask > 0], skip_special_tokens=True).strip())
@@ -187,18 +204,19 @@ def answer_texts(tokenizer, completion_ids, completion_mask):
 
 @torch.no_grad()
 def reward_scores(model, tokenizer, prompts, answers, kind, size=64):
-    """One reward per answer [B], float32: the single logit of the reward model.
+    """One reward per answer [B], float32: the single logit of the reward model, any real number.
 
     kind: "pair" (prompt and answer as two texts), "chat" (the tokenizer's template), "text" (prompt
     and answer as one text). It must be what the reward model was trained on; "auto" guesses.
+    size: answers per forward pass. What exceeds the reward model's context is cut off.
     """
-    if kind == "auto":        # a tokenizer that knows a separator was trained on pairs of texts
-        kind = "pair" if tokenizer.sep_token else "text"
-        kind = "chat" if tokenizer.chat_template else kind
+    if kind == "auto":
+        kind = guess_reward_input(tokenizer)
     longest = min(tokenizer.model_max_length,
                   getattr(model.config, "max_position_embeddings", None) or 512)
-    order = sorted(range(len(answers)), key=lambda k: len(answers[k]))   # short ones together:
-    scores = torch.empty(len(answers))                                   # less padding
+    # Answers of similar length together: less padding
+    order = sorted(range(len(answers)), key=lambda k: len(answers[k]))
+    scores = torch.empty(len(answers))
     for start in range(0, len(order), size):
         part = order[start:start + size]
         asked = [prompts[k] for k in part]
@@ -214,8 +232,16 @@ def reward_scores(model, tokenizer, prompts, answers, kind, size=64):
             texts = [[f"{question} {answer}" for question, answer in zip(asked, said)]]
         tokens = tokenizer(*texts, add_special_tokens=kind != "chat", padding=True, truncation=True,
                            max_length=longest, return_tensors="pt").to(model.device)
-        scores[part] = model(**tokens).logits[:, 0].float().cpu()
+        scores[part] = model(**tokens).logits[:, 0].float().cpu()       # back in the old order
     return scores
+
+
+def guess_reward_input(tokenizer):
+    """A tokenizer that separates two texts usually belongs to a model that was trained on pairs."""
+    if tokenizer.chat_template:
+        return "chat"
+    added = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
+    return "pair" if tokenizer.sep_token and added[1] > added[0] else "text"
 
 
 # ---- the mathematics: tensors in, tensors out -------------------------------------------------
@@ -235,17 +261,17 @@ def group_advantages(rewards, group_size, scale):
         centred = centred / (grouped.std(dim=1, keepdim=True) + 1e-4)
     elif scale == "batch":
         centred = centred / (grouped.std() + 1e-4)
-    # The mean of equal numbers may be off by the last bit, and dividing by 1e-4 would blow that up
+    # The mean of equal numbers may be off by the last bit: make it exactly 0
     equal = grouped.amax(dim=1) == grouped.amin(dim=1)                  # [P]
     return centred.masked_fill(equal[:, None], 0).flatten()             # [P·G]
 
 
-def token_weights(mask, kind, sequences, tokens, longest):
+def token_weights(mask, kind, sequences, tokens, max_new_tokens):
     """w_it of Eq. 4 [B, L]: what one token counts in the loss.
 
-    sequences, tokens: how many the WHOLE batch has, over all processes and micro-batches. Since
+    sequences, tokens: how many answers and tokens the WHOLE batch has, over all processes. Since
     every token carries its share of the whole batch, losses of parts simply add up.
-    Example, answers of 1 and 3 tokens, longest 4:
+    Example, answers of 1 and 3 tokens, max_new_tokens 4:
         sequence   1/2 and 1/6, 1/6, 1/6       both answers count the same
         token      1/4 and 1/4, 1/4, 1/4       all tokens count the same: long answers count more
         constant   1/8 and 1/8, 1/8, 1/8       a token's share does not depend on any length
@@ -254,14 +280,17 @@ def token_weights(mask, kind, sequences, tokens, longest):
         return mask / mask.sum(dim=1, keepdim=True) / sequences
     if kind == "token":
         return mask / tokens
-    return mask / (sequences * longest)
+    return mask / (sequences * max_new_tokens)
 
 
 def kl_estimate(logprobs, ref_logprobs, ratio, kind):
-    """KL(π_θ‖π_ref) per token [B, L] in nats, estimated from tokens sampled from π_θ.
+    """KL(π_θ‖π_ref) per token [B, L] in nats, estimated from the sampled tokens alone.
 
-    k1 and k3 are right on average as VALUES. As losses: the gradient of k1 is 0 on average, that of
-    k2 is right, that of k3 a little off, that of k3·ratio right (README.md, section 3).
+    As a VALUE, d itself (k1) is right on average, but noisy and often negative. k3 adds a term
+    whose mean is 0, and is never negative. k2 is only close.
+    As a LOSS, only the gradient counts. Averaged over samples of π_θ, that of k1 is 0, because
+    E[∇log π] = 0. That of k2 is the gradient of the KL, that of k3 comes close to it, and that of
+    k3·ratio is exact again (README.md, section 3). k3 is the default because GRPO's paper has it.
     Example, a token with π_θ = .5 and π_ref = .25: d = k1 = .69, k2 = .24, k3 = .19
     """
     d = logprobs - ref_logprobs                                         # [B, L]
@@ -270,7 +299,7 @@ def kl_estimate(logprobs, ref_logprobs, ratio, kind):
     if kind == "k2":
         return d.square() / 2
     if kind == "wrong":
-        return logprobs.exp() * d     # BREAK: the tokens are samples of π; this averages p²·d
+        return logprobs.exp() * d     # BREAK: sampling weighs by p already, so p counts twice
     # Eq. 3  never negative, and 0 only where both models agree
     k3 = (-d).exp() - 1 + d
     if kind == "k3-ratio":
@@ -285,92 +314,101 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, clip_ep
     advantages [B].
     """
     advantages = advantages[:, None]                                    # [B, 1]: one for all tokens
-    # Eq. 2  1 in the first step on a batch. A quotient of probabilities, from their logarithms
+    # Eq. 2  from logarithms. Its VALUE is 1 in the first step on a batch, its gradient is ∇log π
     ratio = (logprobs - old_logprobs).exp()                             # [B, L]
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                   # [B, L]
-    # Eq. 4  The minimum is the pessimist: an answer gains nothing by leaving 1 ± ε in the direction
-    # that pays, but it is always pulled back. Minus, because an optimizer minimises.
+    # Eq. 4  What the minimum does; the minus turns gain into loss
+    #     A > 0:  ρ > 1 + ε no gradient: far enough;      else pushed up
+    #     A < 0:  ρ < 1 − ε no gradient: far enough;      else pushed down
     gain = torch.minimum(ratio * advantages, clipped * advantages)      # [B, L]
     policy_loss = -(weights * gain).sum()
     kl_loss = (weights * kl_estimate(logprobs, ref_logprobs, ratio, kl)).sum()
-    acts = (clipped * advantages < ratio * advantages).float()          # [B, L]: does the clip act?
-    return policy_loss + kl_coef * kl_loss, policy_loss, kl_loss, (weights * acts).sum()
+    is_clipped = (clipped * advantages < ratio * advantages).float()    # [B, L]
+    clip_ratio = (weights * is_clipped).sum()
+    return policy_loss + kl_coef * kl_loss, policy_loss, kl_loss, clip_ratio
 
 
 # ---- sampling answers -------------------------------------------------------------------------
 
 def end_tokens(model, tokenizer):
     """Ids that end an answer; a model may have several."""
-    more = getattr(model.generation_config, "eos_token_id", None) or []
-    more = more if isinstance(more, list) else [more]
-    return sorted({tokenizer.eos_token_id, *more})
+    others = getattr(model.generation_config, "eos_token_id", None) or []
+    others = others if isinstance(others, list) else [others]
+    return sorted({tokenizer.eos_token_id, *others})
 
 
 def sample_tokens(logprobs, generator):
-    """One token per row [A] from its log-probabilities [A, V].
+    """One token per row [S] from its log-probabilities [S, V].
 
-    The probabilities of a row are laid end to end on a line of length 1, and one uniform number
-    says in whose piece it falls. torch.multinomial would need V random numbers per row.
+    The probabilities of a row are laid end to end on a line of length 1, and a uniform random
+    number falls into the piece of one token. torch.multinomial would need V random numbers per row.
 
         0 |--- cat .5 ---|- dog .3 -|- E .2 -| 1        uniform = .62 -> dog
     """
-    line = logprobs.exp().cumsum(dim=-1)                                # [A, V]
-    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [A, 1]
-    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [A, 1]
-    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [A]
+    line = logprobs.exp().cumsum(dim=-1)                                # [S, V]
+    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [S, 1]
+    uniform = uniform * line[:, -1:]      # the line may end at .9999999 or 1.0000001: rounding
+    token = torch.searchsorted(line, uniform, right=True)               # [S, 1]
+    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, ends, generator):
+def generate(model, prompt_ids, prompt_mask, group_size, max_new_tokens, temperature, ends,
+             generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
 
+    (model.generate() of transformers would add what the model's files ask for: top-k, penalties.)
     prompt_ids, prompt_mask [P, T]; ends: the ids that end an answer.
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # A prompt is read once; its keys and values then serve the G answers. Positions count from the
-    # first real token, because the padding is on the left.
+    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
+    # A prompt is read once; its cache then serves G answers. Positions count from the first real
+    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
     start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], a column per token
+    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
 
     B, device = len(mask), prompt_ids.device
     ends = torch.tensor(ends, device=device)
-    completion_ids = ends[0].repeat(B, longest)                         # [B, longest]
-    logprobs = torch.zeros(B, longest, device=device)                   # [B, longest]
-    # Finished answers leave the model's batch. Four answers, three tokens later; E ends an answer:
-    #     answer 0   the cat sat         rows = [0, 2]: only these two are still in the batch.
-    #     answer 1   yes E               What a row would write after its E is masked at the end.
+    completion_ids = ends[0].repeat(B, max_new_tokens)                  # [B, max_new_tokens]
+    logprobs = torch.zeros(B, max_new_tokens, device=device)            # [B, max_new_tokens]
+    # Finished answers leave the model's batch. Four answers after three steps; E ends an answer:
+    #     answer 0   the cat sat
+    #     answer 1   yes E
     #     answer 2   dogs run fast
     #     answer 3   E
-    rows = torch.arange(B, device=device)                               # [A]: answers in the batch
-    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [A]: have they ended?
-    for t in range(longest):
-        logp = (logits.float() / temperature).log_softmax(dim=-1)       # [A, V]
-        token = sample_tokens(logp, generator)                          # [A]
+    # rows = [0, 2] are still in the batch. Until it leaves, a finished answer goes on writing;
+    # the mask removes what it writes after its E.
+    rows = torch.arange(B, device=device)                               # [S]: answers in the batch
+    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [S]: have they ended?
+    for t in range(max_new_tokens):
+        logp = (logits.float() / temperature).log_softmax(dim=-1)       # [S, V]
+        token = sample_tokens(logp, generator)                          # [S]
         completion_ids[rows, t] = token
         logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
         finished = finished | torch.isin(token, ends)
-        if finished.all() or t == longest - 1:
+        if finished.all() or t == max_new_tokens - 1:
             break
-        # Not one by one: whenever some leave, the whole cache is copied
+        # Leaving copies the whole cache, so wait until a fifth of the answers has finished
         if (~finished).sum() < 0.8 * len(rows):
-            stay = ~finished                                            # [A]
+            stay = ~finished                                            # [S]
             rows, token, mask, position = rows[stay], token[stay], mask[stay], position[stay]
             finished = finished[stay]
             cache.batch_select_indices(stay)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [A, T + t + 1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [S, T + t + 1]
         position = position + 1
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    is_end = torch.isin(completion_ids, ends)                           # [B, longest]
-    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, longest]
+    # How many ends stand BEFORE each token?   yes E x E -> 0 0 1 1 -> mask 1 1 0 0
+    is_end = torch.isin(completion_ids, ends)                           # [B, max_new_tokens]
+    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, max_new_tokens]
     completion_mask = (ends_before == 0).float()
     L = int(completion_mask.sum(dim=1).max())
     completion_ids = completion_ids.masked_fill(completion_mask == 0, ends[0])
@@ -380,11 +418,13 @@ def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, e
 def completion_logprobs(model, batch, temperature):
     """log π(y_t | prompt, y_<t) of every token of the answers [B, L], nats; 0 where the mask is 0.
 
-    Prompts are padded on the left, answers on the right. A model's logits at one place predict the
-    NEXT token, so the logits for an answer begin one place before it:
+    generate() has computed the same numbers, but without a gradient. Prompts are padded on the
+    left, answers on the right. A model's logits at one place predict the NEXT token, so the logits
+    for an answer begin one place before it, and those at its last token are not used:
 
-        ids              pad  pad  What  is   it   | A    cat  E            T = 5, L = 3
-        logits used                          [it] -> A,  [A] -> cat,  [cat] -> E;  those of E: none
+        ids              pad  pad  What  is   it   | a    cat  E            T = 5, L = 3
+        logits used at                        it     a    cat
+        they predict                          a      cat  E
     """
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)            # [B, T + L]
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
@@ -393,6 +433,7 @@ def completion_logprobs(model, batch, temperature):
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                    logits_to_keep=L + 1).logits[:, :-1]                 # [B, L, V]
     logits = logits.float() / temperature                               # as in sampling
+    # log_softmax of the sampled tokens only, without a second tensor [B, L, V]
     chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)        # [B, L]
     return (chosen - logits.logsumexp(dim=-1)) * batch["completion_mask"]             # [B, L]
 
@@ -416,7 +457,7 @@ def parts_by_length(batch, size):
 
 
 @torch.no_grad()
-def score(model, batch, temperature, size):
+def batch_logprobs(model, batch, temperature, size):
     """completion_logprobs of a whole batch [B, L], part by part, without gradient."""
     result = torch.zeros_like(batch["completion_mask"])
     for rows, part in parts_by_length(batch, size):
@@ -447,11 +488,12 @@ def collect(config, accelerator, policy, reference, tokenizer, judge, prompts, g
                  prompt_mask=prompt_mask.repeat_interleave(config.group_size, dim=0),
                  completion_ids=completion_ids, completion_mask=completion_mask,
                  old_logprobs=old_logprobs, rewards=rewards)
-    batch["ref_logprobs"] = score(reference, batch, config.temperature, config.micro_batch)
-    if config.kl == "reward":                                           # the KL as a price
+    batch["ref_logprobs"] = batch_logprobs(reference, batch, config.temperature, config.micro_batch)
+    if config.kl == "reward":         # an answer pays for its KL (batch["rewards"] stays as it is)
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(dim=1)               # [B]
         rewards = rewards - config.kl_coef * kl
-    # With --scale-rewards batch the std is that of ALL processes' rewards: gather them first
+    # On one process this is group_advantages(rewards, …). On several, --scale-rewards batch needs
+    # the rewards of all: gather them, and keep the own part
     all_advantages = group_advantages(accelerator.gather(rewards), config.group_size,
                                       config.scale_rewards)             # [processes·B]
     batch["advantages"] = all_advantages.view(-1, len(rewards))[accelerator.process_index]  # [B]
@@ -471,13 +513,15 @@ def update(config, accelerator, policy, optimizer, batch):
     tokens = accelerator.reduce(mask.sum(), "sum")    # of all processes
     weights = token_weights(mask, config.loss_norm, sequences, tokens, config.max_new_tokens)
     parts = [part for _, part in parts_by_length(batch | dict(weights=weights), config.micro_batch)]
-    # A KL that is in the rewards already has no place in the loss
+    # A KL that is in the rewards already has no place in the loss (k1 is for the log only)
     kl, kl_coef = ("k1", 0.0) if config.kl == "reward" else (config.kl, config.kl_coef)
     sums = torch.zeros(3, device=mask.device)         # policy loss, KL loss, share clipped
     for _ in range(config.update_epochs):
         optimizer.zero_grad()
         for number, part in enumerate(parts, 1):
-            # Gradients add up over the parts; processes exchange them once, with the last part
+            # Gradients add up over the parts. Several processes exchange them once, with the last
+            # part, and average them, while our weights divide by the answers of all: hence the
+            # factor. With one process both lines do nothing.
             last = number == len(parts)
             with contextlib.nullcontext() if last else accelerator.no_sync(policy):
                 with accelerator.autocast():
@@ -485,7 +529,6 @@ def update(config, accelerator, policy, optimizer, batch):
                 loss, *terms = grpo_loss(logprobs, part["old_logprobs"], part["ref_logprobs"],
                                          part["advantages"], part["weights"], config.clip_eps,
                                          kl_coef, kl)
-                # Accelerate averages over processes; our weights divide by everybody's answers
                 accelerator.backward(loss * processes)
             sums += torch.stack(terms).detach()
         grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
@@ -497,6 +540,8 @@ def update(config, accelerator, policy, optimizer, batch):
     return dict(policy_loss=policy_loss, kl_loss=kl_loss, clip_ratio=clip_ratio,
                 grad_norm=grad_norm)
 
+
+# ---- what --break does (skip it at first) -------------------------------------------------------
 
 def sabotage(batch, config, policy, reference):
     """What --break does to a batch. Nothing of this belongs to GRPO."""
@@ -511,9 +556,9 @@ def sabotage(batch, config, policy, reference):
             completion_ids=torch.cat([batch["prompt_ids"][:, 1:], batch["completion_ids"]], dim=1),
             completion_mask=torch.cat([prompt_mask[:, 1:], batch["completion_mask"]], dim=1))
     else:
-        return batch                                  # the other breaks are marked where they act
+        return batch                                  # dropout-on acts in load_policy
     for name, model in (("old_logprobs", policy), ("ref_logprobs", reference)):
-        batch[name] = score(model, batch, config.temperature, config.micro_batch)
+        batch[name] = batch_logprobs(model, batch, config.temperature, config.micro_batch)
     return batch
 
 
@@ -538,14 +583,15 @@ def train(config, out, accelerator, log=print, bar=False):
     judge = load_reward_model(config)
     judge[0].to(accelerator.device)
     prompts = load_prompts(config, policy, tokenizer)
+    # Before a checkpoint is loaded: the reference is where the run has STARTED
     reference = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
-    # β2 = .95: the size of the gradients is remembered for some 20 steps, a run has 40. No weight
-    # decay: the KL term holds the policy, and 0 is not where it should go
+    # Adam remembers the size of the gradients for some 20 steps (second beta .95): a run has 40. No
+    # weight decay, which would pull the weights to 0: the KL term holds the policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0)
     state = load_checkpoint(out, policy, optimizer, accelerator.num_processes)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    model = accelerator.unwrap_model(policy)          # sampling needs no exchange between processes
+    model = accelerator.unwrap_model(policy)          # the same network, to sample from
     log(f"{model.num_parameters():,} parameters, reward model {judge[0].num_parameters():,} · "
         f"{len(prompts)} prompts")
     log(table_line())
@@ -604,8 +650,9 @@ def describe(config, accelerator, batch):
         reward_std=grouped.std(dim=1).mean(),
         # Groups of equal rewards teach nothing: their advantages are 0
         frac_reward_zero_std=(grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean(),
-        # Estimates from the tokens sampled: Σ_t (log π − log π_ref) per answer, −log π per token
+        # Per answer, estimated from its tokens: Σ_t log π − log π_ref
         kl=(batch["old_logprobs"] - batch["ref_logprobs"]).sum(dim=1).mean(),
+        # Per token, estimated likewise: the mean of −log π (divided below)
         entropy=-batch["old_logprobs"].sum(),
         tokens=lengths.sum(),
         completion_length=lengths.mean(),
@@ -911,8 +958,8 @@ def command_of(config):
 
 
 def start_judge(out, args):
-    """Starts the eval script on the run: a process of its own, so that training never sees its
-    judge. It writes eval.json and curve.png and prints the verdict."""
+    """Starts the eval script on the run: a process of its own, so that training never sees the
+    score that judges it. It writes eval.json and curve.png and prints the verdict."""
     script = HERE / "grpo_eval.py"
     if not script.exists():
         print(f"{script.name} is not beside this script, so nothing judges the run")

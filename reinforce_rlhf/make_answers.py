@@ -54,7 +54,7 @@ def answers_of(model, reference, tokenizer, judge, prompts, samples, config, see
         batch = dict(prompt_ids=ids.repeat_interleave(samples, dim=0),                # [B, T]
                      prompt_mask=mask.repeat_interleave(samples, dim=0),
                      completion_ids=completion_ids, completion_mask=completion_mask)
-        ref_logprobs = score(reference, batch, temperature, penalty, size=64)         # [B, L]
+        ref_logprobs = batch_logprobs(reference, batch, temperature, penalty, size=64)         # [B, L]
         texts += answer_texts(tokenizer, completion_ids, completion_mask)
         lengths += completion_mask.sum(dim=1).tolist()
         kl += (logprobs - ref_logprobs).sum(dim=1).tolist()
@@ -349,7 +349,7 @@ def parts_by_length(batch, size):
 
 
 @torch.no_grad()
-def score(model, batch, temperature, penalty, size):
+def batch_logprobs(model, batch, temperature, penalty, size):
     """completion_logprobs of a whole batch [B, L], part by part, without gradient."""
     result = torch.zeros_like(batch["completion_mask"])
     for rows, part in parts_by_length(batch, size):

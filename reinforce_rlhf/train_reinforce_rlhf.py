@@ -450,7 +450,7 @@ def parts_by_length(batch, size):
 
 
 @torch.no_grad()
-def score(model, batch, temperature, penalty, size):
+def batch_logprobs(model, batch, temperature, penalty, size):
     """completion_logprobs of a whole batch [B, L], part by part, without gradient."""
     result = torch.zeros_like(batch["completion_mask"])
     for rows, part in parts_by_length(batch, size):
@@ -478,7 +478,7 @@ def collect(config, policy, reference, tokenizer, judge, prompts, generator):
     batch = dict(prompt_ids=prompt_ids.repeat_interleave(config.group_size, dim=0),   # [B, T]
                  prompt_mask=prompt_mask.repeat_interleave(config.group_size, dim=0),
                  completion_ids=completion_ids, completion_mask=completion_mask, logprobs=logprobs)
-    ref_logprobs = score(reference, batch, config.temperature, config.repetition_penalty,
+    ref_logprobs = batch_logprobs(reference, batch, config.temperature, config.repetition_penalty,
                          config.micro_batch)                            # [B, L]
     asked = [prompt for prompt in prompts for _ in range(config.group_size)]          # B prompts
     logits = reward_logits(*judge, asked, texts, config.max_length)     # [B, 1] or [B, 10]

@@ -101,7 +101,7 @@ def test_padded_logprobs_equal_a_token_by_token_loop(model):
     wide = torch.nn.functional.pad(completion_ids, (0, 3), value=2), torch.nn.functional.pad(completion_mask.float(), (0, 3))
     torch.testing.assert_close(logprobs_of(model, PROMPTS, PROMPT_MASK, *wide, 0.7)[:, :5], got, atol=1e-5, rtol=0)
     batch = dict(prompt_ids=PROMPTS, prompt_mask=PROMPT_MASK, completion_ids=completion_ids, completion_mask=completion_mask.float())
-    torch.testing.assert_close(train.score(model, batch, 0.7, 2), got, atol=1e-5, rtol=0)
+    torch.testing.assert_close(train.batch_logprobs(model, batch, 0.7, 2), got, atol=1e-5, rtol=0)
 
 
 @each_model
@@ -191,7 +191,7 @@ def test_loss_is_zero_while_the_gradient_is_not():
     """What puzzles everybody: at the first step the loss of GRPO is 0 (the mean advantage), and yet it teaches."""
     model, batch = MODELS["gpt2"], a_batch()
     batch["advantages"] = train.group_advantages(torch.randn(8, generator=torch.Generator().manual_seed(1)), 4, "group")
-    batch["old_logprobs"] = train.score(model, batch, 1.0, 8)
+    batch["old_logprobs"] = train.batch_logprobs(model, batch, 1.0, 8)
     gradient, terms = gradient_of(model, config(kl_coef=0.0), batch)
     assert abs(terms["policy_loss"]) < 1e-6 and gradient.norm() > 0.01 and terms["clip_ratio"] == 0
 
@@ -279,10 +279,10 @@ def test_update_epochs_leave_ratio_one_only_at_first():
     reference.load_state_dict(model.state_dict())
     batch, texts = train.collect(settings, accelerator, model.eval(), reference.eval(), tokenizer, judge, ["What?", "Why is it so?"],
                                  torch.Generator().manual_seed(0))
-    torch.testing.assert_close(train.score(model, batch, 1.0, 3), batch["old_logprobs"], atol=1e-4, rtol=0)          # ratio 1 before the first step,
+    torch.testing.assert_close(train.batch_logprobs(model, batch, 1.0, 3), batch["old_logprobs"], atol=1e-4, rtol=0)          # ratio 1 before the first step,
     torch.testing.assert_close(batch["ref_logprobs"], batch["old_logprobs"], atol=1e-4, rtol=0)                     # and KL 0
     train.update(settings, accelerator, model, optimizer, batch)
-    assert (train.score(model, batch, 1.0, 3) - batch["old_logprobs"]).abs().max() > 1e-3
+    assert (train.batch_logprobs(model, batch, 1.0, 3) - batch["old_logprobs"]).abs().max() > 1e-3
     assert train.update(train.replace(settings, update_epochs=4), accelerator, model, optimizer, batch)["clip_ratio"] > 0
 
 
@@ -343,7 +343,7 @@ def test_loss_and_gradient_equal_trl(norm, loss_type, kl, trl_setup):
     batch = a_batch(3, B=4)
     inputs = dict(prompt_ids=batch["prompt_ids"], prompt_mask=batch["prompt_mask"], completion_ids=batch["completion_ids"], completion_mask=batch["completion_mask"].long(),
                   advantages=batch["advantages"], num_items_in_batch=batch["completion_mask"].sum())
-    batch["old_logprobs"] = train.score(MODELS["qwen2"], batch, 1.0, 4) + 0.15 * torch.randn(4, 6, generator=torch.Generator().manual_seed(7)) * batch["completion_mask"]
+    batch["old_logprobs"] = train.batch_logprobs(MODELS["qwen2"], batch, 1.0, 4) + 0.15 * torch.randn(4, 6, generator=torch.Generator().manual_seed(7)) * batch["completion_mask"]
     inputs |= dict(old_per_token_logps=batch["old_logprobs"]) | (dict(ref_per_token_logps=batch["ref_logprobs"]) if kl else {})
     trainer.model.zero_grad()
     loss = trainer._compute_loss(trainer.model, inputs)

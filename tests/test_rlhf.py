@@ -137,7 +137,7 @@ def test_padded_logprobs_equal_a_token_by_token_loop(model, penalty):
     wide = train.completion_logprobs(model, padded, 0.7, penalty)
     torch.testing.assert_close(wide[:, :5], got, atol=1e-5, rtol=0)
     assert (wide[:, 5:] == 0).all()
-    torch.testing.assert_close(train.score(model, batch, 0.7, penalty, 2), got, atol=1e-5, rtol=0)
+    torch.testing.assert_close(train.batch_logprobs(model, batch, 0.7, penalty, 2), got, atol=1e-5, rtol=0)
 
 
 @each_model
@@ -278,7 +278,7 @@ def test_rloo_advantages_with_the_kl_in_the_reward_equal_trl(beta, trl_setup, mo
     fixed = [[5, 6, 7, 2], [8, 9, 2], [10, 11, 12, 13, 14, 15], [16, 2]]
     ids, mask = train.pad_right(fixed, 0)
     sampled = dict(prompt_ids=torch.tensor([[4, 5, 6]] * 4), prompt_mask=torch.ones(4, 3, dtype=torch.long), completion_ids=ids, completion_mask=mask.float())
-    monkeypatch.setattr(train, "generate", lambda *_: (ids, mask.float(), train.score(policy, sampled, 1.0, 1.0, 4)))
+    monkeypatch.setattr(train, "generate", lambda *_: (ids, mask.float(), train.batch_logprobs(policy, sampled, 1.0, 1.0, 4)))
     monkeypatch.setattr(train, "reward_logits", lambda *_: torch.tensor([[1.0], [0.0], [0.0], [0.5]]))
     batch, texts = train.collect(config(kl_coef=beta), policy, reference, tokenizer, (None, None), ["w1 w2 w3"], None)
     assert torch.equal(batch["prompt_ids"], sampled["prompt_ids"]) and texts[3] == "w13"
@@ -307,7 +307,7 @@ def test_the_price_is_beta_times_the_whole_answers_kl_at_the_settings_of_samplin
 def test_gradient_of_reinforce_equals_trls_rloo(trl_setup):
     trainer = trl_setup[0]("rloo", beta=0.05)
     batch, advantages = a_batch(3, B=4)
-    inputs = batch | dict(completion_mask=batch["completion_mask"].long(), advantages=advantages, old_logps=train.score(MODELS["qwen2"], batch, 1.0, 1.0, 4).sum(dim=1))
+    inputs = batch | dict(completion_mask=batch["completion_mask"].long(), advantages=advantages, old_logps=train.batch_logprobs(MODELS["qwen2"], batch, 1.0, 1.0, 4).sum(dim=1))
     trainer.model.zero_grad()
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
