@@ -152,8 +152,7 @@ def remove_dropout(model):
     """Sets every dropout probability to 0, so that train() and eval() compute the same."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            is_layer = isinstance(module, torch.nn.Dropout)
-            is_dropout = "drop" in name or (name == "p" and is_layer)
+            is_dropout = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
             if is_dropout and isinstance(value, float):
                 setattr(module, name, 0.0)
 
@@ -347,14 +346,13 @@ def sample_tokens(logprobs, generator):
     """
     line = logprobs.exp().cumsum(dim=-1)                                # [S, V]
     uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [S, 1]
-    uniform = uniform * line[:, -1:]      # the line may end at .9999999 or 1.0000001: rounding
-    token = torch.searchsorted(line, uniform, right=True)               # [S, 1]
+    # Rounding may end the line at .9999999 or 1.0000001: hence the factor
+    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [S, 1]
     return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, group_size, max_new_tokens, temperature, ends,
-             generator):
+def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
 
     (model.generate() of transformers would add what the model's files ask for: top-k, penalties.)
@@ -376,8 +374,8 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_new_tokens, tempera
 
     B, device = len(mask), prompt_ids.device
     ends = torch.tensor(ends, device=device)
-    completion_ids = ends[0].repeat(B, max_new_tokens)                  # [B, max_new_tokens]
-    logprobs = torch.zeros(B, max_new_tokens, device=device)            # [B, max_new_tokens]
+    completion_ids = ends[0].repeat(B, max_tokens)                      # [B, max_tokens]
+    logprobs = torch.zeros(B, max_tokens, device=device)                # [B, max_tokens]
     # Finished answers leave the model's batch. Four answers after three steps; E ends an answer:
     #     answer 0   the cat sat
     #     answer 1   yes E
@@ -387,13 +385,13 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_new_tokens, tempera
     # the mask removes what it writes after its E.
     rows = torch.arange(B, device=device)                               # [S]: answers in the batch
     finished = torch.zeros(B, dtype=torch.bool, device=device)          # [S]: have they ended?
-    for t in range(max_new_tokens):
+    for t in range(max_tokens):
         logp = (logits.float() / temperature).log_softmax(dim=-1)       # [S, V]
         token = sample_tokens(logp, generator)                          # [S]
         completion_ids[rows, t] = token
         logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
         finished = finished | torch.isin(token, ends)
-        if finished.all() or t == max_new_tokens - 1:
+        if finished.all() or t == max_tokens - 1:
             break
         # Leaving copies the whole cache, so wait until a fifth of the answers has finished
         if (~finished).sum() < 0.8 * len(rows):
@@ -407,8 +405,8 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_new_tokens, tempera
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     # How many ends stand BEFORE each token?   yes E x E -> 0 0 1 1 -> mask 1 1 0 0
-    is_end = torch.isin(completion_ids, ends)                           # [B, max_new_tokens]
-    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, max_new_tokens]
+    is_end = torch.isin(completion_ids, ends)                           # [B, max_tokens]
+    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, max_tokens]
     completion_mask = (ends_before == 0).float()
     L = int(completion_mask.sum(dim=1).max())
     completion_ids = completion_ids.masked_fill(completion_mask == 0, ends[0])

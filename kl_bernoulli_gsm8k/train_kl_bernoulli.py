@@ -1,4 +1,4 @@
-"""Bernoulli-KL path training on word problems: learn from correct answers only, against Dr. GRPO.
+"""Bernoulli-KL path training on word problems: learn from correct answers; compared with Dr. GRPO.
 
     python train_kl_bernoulli.py                                 Dr. GRPO, 6 minutes on one core
     python train_kl_bernoulli.py --preset gsm8k_0                the thesis's first method (§3.1)
@@ -11,7 +11,7 @@ The algorithm
     repeat
         sample answers to a batch of problems                                  generate
         reward 1 if the number after #### is right, else 0                     reward_of
-        log p of each token that was sampled, log P of the likeliest  Eq. 1    token_terms
+        log p, log(1 − p) of each sampled token; also of the likeliest Eq. 1   token_terms
         the loss of the method, token by token                        Eq. 2, 3 kl_loss, half_loss
         one AdamW step on their weighted sum                          Eq. 4, 5 sequence_weights
 
@@ -19,20 +19,34 @@ The equations (README.md explains them; §3.1 to §3.3 are sections of the thesi
     Eq. 1   log(1 − p) = logsumexp(all other logits) − logsumexp(all logits)
     Eq. 2   ℓ_t = P·log(P/p) + (1 − P)·log((1 − P)/(1 − p))    KL of two coins (§3.1, §3.2)
     Eq. 3   ℓ_t = −½·(log p + log(1 − p)) + log ½              the same, with target ½ (§3.3)
-    Eq. 4   L = Σ_{i correct} mean_t ℓ_it / N − c·H            N: all answers (§3.1), or the
+    Eq. 4   loss = Σ_{i correct} mean_t ℓ_it / N − c·H         N: all answers (§3.1), or the
                                                                correct ones (§3.2, §3.3)
-    Eq. 5   L = −Σ_i Σ_t (r_i − mean r)·log p_it / (B·L_max) − c·H                Dr. GRPO;
-            mean r: over the G answers to one problem. H is the mean entropy of a token
+    Eq. 5   loss = −Σ_i Σ_t (r_i − mean r)·log p_it / (B·L_max) − c·H             Dr. GRPO;
+            mean r: over the G answers to one problem
+
+p is the probability of the sampled token, P that of the likeliest token at the same place. ℓ is the
+loss of a token. H is the entropy of the tokens, averaged with the weights of the method's own loss
+(so over the correct answers in Eq. 4, and over all in Eq. 5).
+
+What each method does to a token (a path is an answer, token by token):
+    dr_grpo      raises p in answers better than their group, lowers it in worse ones. It is GRPO
+                 "done right": no division by the std, none by the length of an answer.
+    kl_*         changes correct answers only, and there only tokens that were not the likeliest: p
+                 and P move together. A coin shows heads with probability p, another one with P; the
+                 KL compares these two numbers. So correct but unlikely paths become likelier.
+    fixed_half   pulls p towards ½ in correct answers, in the thesis's code only from above: sure
+                 tokens become unsure. Here that ruins the model (README.md, section 7).
 
 New since the RLHF lesson: a reward that is checked, not learned; greedy accuracy as the measure;
-losses that look at the whole distribution of a token.
-Deliberately left out: a reference model (no way of writing earns a reward, only the right number
-does); several epochs on a batch, and with them the ratio and the clip.
+losses that use 1 − p and the likeliest token too.
+Deliberately left out: a reference model (it keeps a policy from fooling a learned reward, and a
+checked one is harder to fool); several epochs on a batch, and with them the ratio and the clip.
 
 Sources: J. Byun, Exploring Paths in Probabilistic Graphs for Model Training (thesis, 2025);
 Dr. GRPO arXiv 2503.20783; GSM8K arXiv 2110.14168.
 Shapes: P problems of T tokens; G answers to each; B = P·G answers of at most L tokens; V
-vocabulary; D numbers in a hidden state; n tokens of several answers in one row.
+vocabulary; S answers that are still being written; D numbers in a hidden state; n tokens of several
+answers in one row.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -96,7 +110,7 @@ class Config:
     # Sampling
     updates: int = hp(100, "batches of answers. Too many: entropy is gone, nothing moves", low=1)
     batch_size: int = hp(512, "B, answers per update. Too low: noisy. Too high: slow", low=1)
-    group_size: int = hp(4, "G, answers per problem; 1 if the method is not dr_grpo", low=1)
+    group_size: int = hp(4, "G, answers per problem; default 1 if the method is not dr_grpo", low=1)
     max_new_tokens: int = hp(40, "L_max, tokens after which an answer is cut off", low=1)
     temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", above=0)
     sampling_batch: int = hp(512, "answers sampled at a time: memory for keys and values", low=1)
@@ -114,7 +128,8 @@ class Config:
                      choices=("", *BREAKS))
 
 
-# The names of the thesis's scripts, and its settings
+# The names of the thesis's scripts, and its settings: the last number is the price of entropy. They
+# choose a method, not the data
 PRESETS = {"gsm8k_reinforce": dict(method="dr_grpo"),
            "gsm8k_0": dict(method="kl_batch"),
            "gsm8k_0_1": dict(method="kl_batch", ent_coef=-0.1),
@@ -192,7 +207,7 @@ def remove_dropout(model):
     """Sets every dropout probability to 0, so that train() and eval() compute the same."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            is_dropout = "drop" in name or name == "p" and isinstance(module, torch.nn.Dropout)
+            is_dropout = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
             if is_dropout and isinstance(value, float):
                 setattr(module, name, 0.0)
 
@@ -264,9 +279,11 @@ def token_terms(logits, ids, naive=False):
 def coin(logits, total, ids, naive):
     """A coin for each row: (log of the probability of token ids, log of that of all others) [n]."""
     logp = logits.gather(-1, ids[:, None])[:, 0] - total                # [n]
-    if naive:                     # BREAK: p rounds to 1 where a logit leads by 17 or more; then
-        return logp, torch.log1p(-logp.exp())         # log(1 − p) is −inf, its gradient no number
-    # Eq. 1  what the other tokens have together: no rounding, and a gradient at any lead
+    # BREAK: where a logit is 17 or more above the others, p rounds to 1. Then log(1 − p) is −inf,
+    # and its gradient is NaN
+    if naive:
+        return logp, torch.log1p(-logp.exp())
+    # Eq. 1  what the other tokens have together: nothing rounds, and there is always a gradient
     others = logits.scatter(-1, ids[:, None], -math.inf)                # [n, V]
     return logp, others.logsumexp(dim=-1) - total
 
@@ -275,7 +292,8 @@ def kl_loss(logp, log1mp, logP, log1mP, detach):
     """Eq. 2 per token [n]: KL of the coin p (the sampled token) from the coin P (the likeliest).
 
     Where the sampled token is the likeliest, loss and gradient are 0. Elsewhere p and P are pulled
-    together until they are equal, and no further.
+    together until they are equal, and no further. The two coins are about different tokens: only
+    the two numbers are compared.
     """
     if detach:                    # P becomes a target that stands still; only p moves towards it
         logP, log1mP = logP.detach(), log1mP.detach()
@@ -288,7 +306,8 @@ def kl_loss(logp, log1mp, logP, log1mP, detach):
 def half_loss(logp, log1mp, tokens):
     """Eq. 3 per token [n]: 0 at p = ½, else above. Its gradient by the token's logit is p − ½.
 
-    tokens "confident": only where p > ½, so that p is only ever pushed DOWN.
+    tokens "confident": only where p > ½, so that p is only ever pushed DOWN, although the answer is
+    correct. That is what the thesis's code does.
     """
     # Eq. 3
     loss = -0.5 * (logp + log1mp) + math.log(0.5)                       # [n]
@@ -307,7 +326,7 @@ def token_losses(config, terms):
 def centred_rewards(rewards, group_size):
     """r − mean r over the G answers to each problem [P·G].
 
-    Not divided by the standard deviation: that is one half of the "Dr." in Dr. GRPO.
+    Not divided by the standard deviation: one half of "done right"; Eq. 5 has the other.
     Example, G = 4: [1, 0, 0, 0] -> [.75, −.25, −.25, −.25]
     """
     grouped = rewards.view(-1, group_size)                              # [P, G]
@@ -315,13 +334,14 @@ def centred_rewards(rewards, group_size):
 
 
 def sequence_weights(config, rewards, mask, sequences, correct):
-    """What the loss of each token counts [B, L]; rewards [B], mask [B, L].
+    """The factor of each token's loss [B, L]; rewards [B], mask [B, L].
 
     sequences, correct: how many answers the WHOLE batch has, over all processes, and how many of
-    them are right. Since the weights know them, losses of parts simply add up.
+    them are right. Each factor divides by the whole batch, so losses of its parts simply add up.
     """
     if config.method == "dr_grpo":
-        # Eq. 5  one constant for all tokens: dividing by the length would favour long wrong answers
+        # Eq. 5  one constant for all tokens: divided by its length, a long WRONG answer would be
+        # punished less per token. Eq. 4 may divide: it has no wrong answers
         advantages = centred_rewards(rewards, config.group_size)        # [B]
         return advantages[:, None] * mask / (sequences * config.max_new_tokens)       # [B, L]
     # Eq. 4  no baseline, no advantage: a reward of 1 or 0 says whether an answer counts at all
@@ -333,25 +353,28 @@ def sequence_weights(config, rewards, mask, sequences, correct):
 
 def end_tokens(model, tokenizer):
     """Ids that end an answer; a model may have several."""
-    more = getattr(model.generation_config, "eos_token_id", None) or []
-    more = more if isinstance(more, list) else [more]
-    return sorted({tokenizer.eos_token_id, *more})
+    others = getattr(model.generation_config, "eos_token_id", None) or []
+    others = others if isinstance(others, list) else [others]
+    return sorted({tokenizer.eos_token_id, *others})
 
 
 def sample_tokens(logprobs, generator):
-    """One token per row [A] from its log-probabilities [A, V].
+    """One token per row [S] from its log-probabilities [S, V].
 
-    The probabilities of a row are laid end to end on a line of length 1, and one uniform number
-    says in whose piece it falls. torch.multinomial would need V random numbers per row.
+    The probabilities of a row are laid end to end on a line of length 1, and a uniform random
+    number falls into the piece of one token. torch.multinomial would need V random numbers per row.
+
+        0 |--- cat .5 ---|- dog .3 -|- E .2 -| 1        uniform = .62 -> dog
     """
-    line = logprobs.exp().cumsum(dim=-1)                                # [A, V]
-    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [A, 1]
-    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [A, 1]
-    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [A]
+    line = logprobs.exp().cumsum(dim=-1)                                # [S, V]
+    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [S, 1]
+    # Rounding may end the line at .9999999 or 1.0000001: hence the factor
+    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [S, 1]
+    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, ends, generator):
+def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
 
     Temperature 0: always the most likely token (a greedy answer).
@@ -359,49 +382,53 @@ def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, e
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # A prompt is read once; its keys and values then serve the G answers. Positions count from the
-    # first real token, because the padding is on the left.
+    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
+    # A prompt is read once; its cache then serves G answers. Positions count from the first real
+    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
     start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], a column per token
+    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
 
     B, device = len(mask), prompt_ids.device
     ends = torch.tensor(ends, device=device)
-    completion_ids = ends[0].repeat(B, longest)                         # [B, longest]
-    logprobs = torch.zeros(B, longest, device=device)                   # [B, longest]
-    # Finished answers leave the model's batch. Four answers, three tokens later; E ends an answer:
-    #     answer 0   the cat sat         rows = [0, 2]: only these two are still in the batch.
-    #     answer 1   yes E               What a row would write after its E is masked at the end.
+    completion_ids = ends[0].repeat(B, max_tokens)                      # [B, max_tokens]
+    logprobs = torch.zeros(B, max_tokens, device=device)                # [B, max_tokens]
+    # Finished answers leave the model's batch. Four answers after three steps; E ends an answer:
+    #     answer 0   the cat sat
+    #     answer 1   yes E
     #     answer 2   dogs run fast
     #     answer 3   E
-    rows = torch.arange(B, device=device)                               # [A]: answers in the batch
-    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [A]: have they ended?
-    for t in range(longest):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)            # [A, V]
-        token = sample_tokens(logp, generator) if temperature else logp.argmax(dim=-1)      # [A]
+    # rows = [0, 2] are still in the batch. Until it leaves, a finished answer goes on writing;
+    # the mask removes what it writes after its E.
+    rows = torch.arange(B, device=device)                               # [S]: answers in the batch
+    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [S]: have they ended?
+    for t in range(max_tokens):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)            # [S, V]
+        token = sample_tokens(logp, generator) if temperature else logp.argmax(dim=-1)      # [S]
         completion_ids[rows, t] = token
         logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
         finished = finished | torch.isin(token, ends)
-        if finished.all() or t == longest - 1:
+        if finished.all() or t == max_tokens - 1:
             break
-        # Not one by one: whenever some leave, the whole cache is copied
+        # Leaving copies the whole cache, so wait until a fifth of the answers has finished
         if (~finished).sum() < 0.8 * len(rows):
-            stay = ~finished                                            # [A]
+            stay = ~finished                                            # [S]
             rows, token, mask, position = rows[stay], token[stay], mask[stay], position[stay]
             finished = finished[stay]
             cache.batch_select_indices(stay)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [A, T + t + 1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [S, T + t + 1]
         position = position + 1
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    is_end = torch.isin(completion_ids, ends)                           # [B, longest]
-    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, longest]
+    # How many ends stand BEFORE each token?   yes E x E -> 0 0 1 1 -> mask 1 1 0 0
+    is_end = torch.isin(completion_ids, ends)                           # [B, max_tokens]
+    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, max_tokens]
     completion_mask = (ends_before == 0).float()
     L = int(completion_mask.sum(dim=1).max())
     completion_ids = completion_ids.masked_fill(completion_mask == 0, ends[0])
@@ -480,7 +507,7 @@ def update(config, accelerator, policy, optimizer, batch):
     weights = sequence_weights(config, rewards, mask, sequences, correct)             # [B, L]
     if config.broken:
         weights = sabotage(weights, config, batch, sequences, correct, processes)     # BREAK
-    # The entropy is averaged over the answers that the method looks at
+    # The entropy has the weights of the loss (Eq. 4), or those of a mean over all answers (Eq. 5)
     entropy_weights = weights                                           # [B, L]
     if config.method == "dr_grpo":
         entropy_weights = mask / mask.sum(dim=1, keepdim=True) / sequences
@@ -492,7 +519,7 @@ def update(config, accelerator, policy, optimizer, batch):
     trained = int(accelerator.reduce(torch.tensor(len(used), device=device), "sum"))
     if trained == 0:
         return dict(loss=math.nan, grad_norm=math.nan, trained=0, correct=correct)
-    if len(used) == 0:            # the other processes wait for this one's gradient: send zeros
+    if len(used) == 0:            # the others wait for a gradient: answer 0, whose weight is 0
         used = torch.arange(1, device=device)
     kept = {name: values[used] for name, values in batch.items()}
     parts = [part for _, part in parts_by_length(kept, config.micro_batch)]
@@ -501,12 +528,13 @@ def update(config, accelerator, policy, optimizer, batch):
     total = torch.zeros((), device=device)
     optimizer.zero_grad()
     for number, part in enumerate(parts, 1):
-        # Gradients add up over the parts; processes exchange them once, with the last part
+        # Gradients add up over the parts. Several processes exchange them once, with the last
+        # part, and average them, while our weights divide by the answers of all: hence the
+        # factor. With one process both lines do nothing
         last = number == len(parts)
         with contextlib.nullcontext() if last else accelerator.no_sync(policy):
             with accelerator.autocast():
                 loss = batch_loss(policy, head, part, config)
-            # Accelerate averages over processes; our weights divide by everybody's answers
             accelerator.backward(loss * processes)
         total += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
@@ -522,7 +550,7 @@ def batch_loss(policy, head, part, config):
 
     Hidden states of all tokens, but logits of only --token-chunk tokens at a time: a vocabulary of
     150,000 would fill the memory. Those of a chunk are thrown away and computed again on the way
-    back (checkpoint).
+    back (torch's checkpoint, which has nothing to do with checkpoint.pt).
     """
     ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)              # [B', T + L]
     mask = torch.cat([part["prompt_mask"], part["completion_mask"].long()], dim=1)    # [B', T + L]
@@ -530,13 +558,15 @@ def batch_loss(policy, head, part, config):
     hidden = policy(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
                     output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
     # The state at one place predicts the NEXT token, so those for an answer begin one place before:
-    #     ids            pad  pad  What  is   it   | A    cat  E           T = 5, L = 3
-    #     states used                        [it] -> A,  [A] -> cat,  [cat] -> E;  that of E: none
+    #     ids            pad  pad  What  is   it   | a    cat  E           T = 5, L = 3
+    #     states used at                      it     a    cat
+    #     they predict                        a      cat  E
     L = part["completion_ids"].shape[1]
     states = hidden[:, -L - 1:-1]                                       # [B', L, D]
     real = part["completion_mask"] > 0                                  # [B', L]
     columns = (states, part["completion_ids"], part["weights"], part["entropy_weights"])
-    chunks = zip(*[column[real].split(config.token_chunk) for column in columns])     # [n, D], [n]…
+    # [B', L, D] -> the real tokens of all answers in one row [tokens, D] -> chunks [n, D]
+    chunks = zip(*[column[real].split(config.token_chunk) for column in columns])
     sums = [checkpoint(chunk_sums, config, head, *chunk, use_reentrant=False) for chunk in chunks]
     loss, entropy = torch.stack(sums).sum(dim=0)
     # Eq. 4, 5  minus c·H: with c < 0, entropy costs
@@ -551,12 +581,14 @@ def chunk_sums(config, head, states, ids, weights, entropy_weights):
     return torch.stack([loss, (entropy_weights * terms.entropy).sum()])
 
 
+# ---- what --break does (skip it at first) -------------------------------------------------------
+
 def sabotage(weights, config, batch, sequences, correct, processes):
     """What --break does to the weights [B, L]. Nothing of this belongs to the methods."""
     rewards, mask = batch["rewards"], batch["completion_mask"]
     if config.broken == "train-on-wrong":             # wrong answers count like right ones
         return sequence_weights(config, torch.ones_like(rewards), mask, sequences, correct)
-    if config.broken == "per-rank-mean":              # each process divides by what it has itself
+    if config.broken == "per-rank-mean":              # kl_correct: divided by its own number
         return sequence_weights(config, rewards, mask, len(mask), int(rewards.sum())) / processes
     return weights                                    # the other breaks are marked where they act
 
@@ -630,8 +662,9 @@ def choose(config, accelerator, problems, number):
 
 
 def greedy_test(config, accelerator, model, tokenizer, tests, state, out):
-    """Answers the first test problems greedily, and keeps the weights if they were never better.
+    """Answers the first test problems greedily; keeps the weights if this is the best test so far.
 
+    The best of many tests is a little too good: judge the last weights, or use other problems.
     Every process does it for itself, so that none waits. Returns the new row of tests.csv.
     """
     greedy = replace(config, group_size=1, temperature=0.0, broken="")

@@ -1,4 +1,4 @@
-"""PPO on LunarLander-v3: take several gradient steps on each batch, and none of them too far.
+"""Proximal Policy Optimization (PPO) on LunarLander-v3: several steps per batch, none too far.
 
     python train_lunarlander.py                    about a minute, 1.5 million steps of the landers;
                                                    expect a greedy return of about 280 (200: solved)
@@ -14,20 +14,28 @@ The algorithm
         every 25 updates: 20 fresh greedy flights; keep the best weights             evaluate_greedy
 
 The equations (README.md derives them)
-    Eq. 1   δ_t = r_t + γ·V(s_{t+1})·(1 − terminated_t) − V(s_t)
-            a crash is worth 0 from here on; at a time limit the flight could have gone on
-    Eq. 2   A_t = δ_t + γ·λ·(1 − done_t)·A_{t+1}     both ends cut: what follows is another flight
+    Eq. 1   δ_t = r_t + γ·V(s_{t+1})·(1 − terminated_t) − V(s_t)     one reward, then the critic
+    Eq. 2   A_t = δ_t + γ·λ·(1 − done_t)·A_{t+1}     how much better than the critic expected
     Eq. 3   R_t = A_t + V(s_t)                       what the critic should have said
     Eq. 4   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)      1 in the first minibatch
     Eq. 5   L_clip = −mean min(ρ_t·A_t, clip(ρ_t, 1 − ε, 1 + ε)·A_t)
     Eq. 6   L_value = ½·mean (V(s_t) − R_t)²
     Eq. 7   L = L_clip + c_v·L_value − c_e·mean entropy
 
+The task: land between two flags. Coming down slowly and upright earns points, the engines cost
+some; coming to rest earns 100, a crash costs 100. A flight ends so (terminated) or after 1,000
+steps (truncated: it could have gone on, so V still counts in Eq. 1). "done" means either: what
+follows in the batch is another flight.
+λ decides how much Eq. 2 trusts the critic V. λ = 1: A_t is all rewards to come, less V(s_t), as in
+lesson 2. λ = 0: A_t is δ_t, one reward and then the critic's guess. In between it mixes them.
+Watch approx_kl: an estimate of how far the new policy has moved from the old one (the KL
+divergence), 0 if they are equal.
+
 New since lesson 2 (Tic-Tac-Toe): bootstrapping (the critic's guess stands in for rewards not yet
 seen), so a batch may cut through flights; advantages that mix rewards and critic; several gradient
 steps per batch, which is what needs the ratio and the clip; checkpoints.
-Deliberately left out: value clipping, observation normalisation, a shared trunk (README.md,
-section 10, says why); continuous actions.
+Deliberately left out: clipping the critic's steps too, rescaling observations, common layers for
+actor and critic (README.md, section 10, says why); continuous actions.
 
 Sources: PPO arXiv 1707.06347; GAE arXiv 1506.02438; details arXiv 2005.12729.
 Shapes: T steps; N landers side by side; B rows of a minibatch. An observation has 8 numbers: place,
@@ -71,7 +79,7 @@ def hp(default, help, **rule):
 
 @dataclass
 class Config:
-    # At most 999, so that the flights that judge (seeds of 2³² and more) are always new ones
+    # At most 999, so that training never meets the flights of an evaluation (evaluate_greedy)
     seed: int = hp(1, "same seed, same run", low=0, high=999)
     # Flying
     updates: int = hp(183, "batches of N·T steps. Too few: it lands, but slowly and not always",
@@ -80,11 +88,11 @@ class Config:
                        "few updates per step flown", low=1, high=1000)
     num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the "
                         "critic's guesses alone", low=1, high=10_000)
-    reward_scale: float = hp(0.02, "rewards are multiplied by it, so that values are of order 1. "
-                             "1: the critic needs ages to reach 200", above=0)
+    reward_scale: float = hp(0.02, "rewards are multiplied by it, so that values are about 1, not "
+                             "about 200, which the critic would need ages to reach", above=0)
     # Advantages
-    gamma: float = hp(0.999, "γ, discount. .97 sees some 30 steps ahead, and a landing takes 200: "
-                      "it learns to hover", above=0, high=1)
+    gamma: float = hp(0.999, "γ, discount. .97 sees 1/(1 − γ) = 33 steps ahead, a landing takes "
+                      "200: it hovers", above=0, high=1)
     gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards "
                            "alone (noisy)", low=0, high=1)
     # The loss
@@ -92,8 +100,8 @@ class Config:
                          "no clip. Too low: nothing is learnt per batch", above=0, high=1)
     ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: "
                          "never commits to a landing", low=0)
-    vf_coef: float = hp(0.5, "c_v, weight of the value loss. It matters only through the joint "
-                        "gradient clipping: Adam ignores a constant factor", low=0)
+    vf_coef: float = hp(0.5, "c_v, weight of the value loss. Adam ignores a constant factor; it "
+                        "only shares out max_grad_norm between actor and critic", low=0)
     # The optimizer
     lr: float = hp(2e-3, "α, Adam's step size, falling to 0. Too high: approx_kl above .05, "
                    "collapse. Too low: hovers for a long time", above=0)
@@ -103,8 +111,8 @@ class Config:
                             "the data grow stale", low=1)
     minibatch_size: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. "
                              "Too high: few steps per batch, learns late", low=2)
-    target_kl: float = hp(0.0, "stops the passes over a batch once approx_kl exceeds it; 0: never",
-                          low=0)
+    target_kl: float = hp(0.0, "ends the passes once the last minibatch's approx_kl exceeds it; "
+                             "0: never", low=0)
     # The network, the evaluation
     hidden: int = hp(64, "units in each of the two hidden layers", low=1, high=65536)
     eval_every: int = hp(25, "updates between two evaluations; each comes with a checkpoint", low=1)
@@ -122,9 +130,9 @@ def make_env():
 
 
 def make_network(hidden, outputs, last_gain):
-    """From observations [.., 8] to [.., outputs]. Orthogonal weights, biases 0.
+    """From observations [.., 8] to [.., outputs]. ReLU, not the usual tanh: as good, and cheaper.
 
-    ReLU and not the usual tanh: as good here, and cheaper.
+    Orthogonal weights times √2 keep the size of a signal through a ReLU: PPO's usual start.
     """
     network = nn.Sequential(nn.Linear(8, hidden), nn.ReLU(),
                             nn.Linear(hidden, hidden), nn.ReLU(),
@@ -140,9 +148,8 @@ def make_network(hidden, outputs, last_gain):
 def make_agent(hidden):
     """Two networks: "actor" -> 4 logits (no engine, left, main, right), "critic" -> 1 value.
 
-    Two networks, not two heads on one trunk: with returns in the hundreds the value gradient in a
-    shared trunk can be hundreds of times the policy's. The policy then follows the critic's
-    features around.
+    Two separate networks: in common layers the critic's gradient can be many times the actor's, and
+    would push the policy around.
     """
     # Gain .01: the first policy is a fair die, whatever the random weights
     return nn.ModuleDict(dict(actor=make_network(hidden, 4, last_gain=0.01),
@@ -162,16 +169,17 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, gae_
     Source: arXiv 1506.02438, eq. 16.
     """
     advantages = torch.zeros_like(rewards)                              # [T, N]
-    following = torch.zeros_like(rewards[0])      # [N]: A_{t+1}, 0 after the end of the batch
+    # [N]: 0 after the end of the batch, where next_values stand in for what comes
+    advantage = torch.zeros_like(rewards[0])
     done = torch.maximum(terminated, truncated)                         # [T, N]
     for t in reversed(range(len(rewards))):
         # Eq. 1  δ_t = r_t + γ·V(s_{t+1})·(1 − terminated_t) − V(s_t)
         # The factor has no truncated_t: a flight out of time could have gone on, so V counts
         delta = rewards[t] + gamma * next_values[t] * (1 - terminated[t]) - values[t]       # [N]
         # Eq. 2  A_t = δ_t + γ·λ·(1 − done_t)·A_{t+1}
-        # After either end, row t+1 belongs to another flight
-        following = delta + gamma * gae_lambda * (1 - done[t]) * following                  # [N]
-        advantages[t] = following
+        # On the right stands A_{t+1}. After either end, row t+1 belongs to another flight
+        advantage = delta + gamma * gae_lambda * (1 - done[t]) * advantage                  # [N]
+        advantages[t] = advantage
     # Eq. 3  R_t = A_t + V(s_t)
     returns = advantages + values                                       # [T, N]
     return advantages, returns
@@ -188,9 +196,9 @@ def ppo_loss(logprobs, old_logprobs, advantages, entropy, values, returns, clip_
     # Eq. 4  ρ = π_θ / π_old, from logarithms: a quotient of two small numbers would be inexact
     log_ratio = logprobs - old_logprobs                                 # [B]
     ratio = log_ratio.exp()                                             # [B]
-    # Eq. 5  The minimum is the pessimist: an action gains nothing by leaving 1 ± ε in the direction
-    # that pays (gradient 0), but a step that went the wrong way is always pulled back, however far.
-    # Minus, because an optimizer minimises.
+    # Eq. 5  What the minimum does; the minus turns gain into loss
+    #     A > 0:  ρ > 1 + ε no gradient: far enough;      else pushed up, however far below
+    #     A < 0:  ρ < 1 − ε no gradient: far enough;      else pushed down, however far above
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                   # [B]
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     # Eq. 6
@@ -203,7 +211,7 @@ def ppo_loss(logprobs, old_logprobs, advantages, entropy, values, returns, clip_
     terms = dict(policy_loss=policy_loss.detach(),
                  value_loss=value_loss.detach(),
                  entropy=entropy.detach().mean(),
-                 # KL(π_old‖π_θ) in nats, from actions sampled with π_old: never negative
+                 # KL(π_old‖π_θ), estimated from actions of π_old: ρ − 1 − log ρ is never negative
                  approx_kl=(ratio - 1 - log_ratio).mean(),
                  clipfrac=outside.float().mean())
     return loss, terms
@@ -219,6 +227,8 @@ def collect(envs, obs, actor, num_steps, generator):
     gives them. next_obs[t] is what action t led to. A classic silent bug is to get that wrong at
     the end of a flight, because the vector environment resets the lander within the same step:
 
+                            t = 2             t = 3             t = 4
+        obs                 s_2 of flight 1   s_3 of flight 1   s_0 of flight 2
         envs.step returns   s_3 of flight 1   s_0 of flight 2   s_1 of flight 2
         next_obs            s_3 of flight 1   s_4 of flight 1   s_1 of flight 2
                                               from infos["final_obs"]
@@ -235,7 +245,7 @@ def collect(envs, obs, actor, num_steps, generator):
     exponential = torch.empty(num_steps, N, 4).exponential_(generator=generator)
     noise = -exponential.log().to(device)                               # [T, N, 4]
     for t in range(num_steps):
-        with torch.inference_mode():  # acting needs no gradient: update() computes log π with one
+        with torch.inference_mode():  # no gradient here: update() computes log π again, with one
             logits = actor(torch.from_numpy(obs).to(device))            # [N, 4]
             actions = (logits + noise[t]).argmax(dim=-1).cpu().numpy()  # [N]
         obs_buffer[t] = obs
@@ -303,7 +313,7 @@ def prepare(agent, batch, config):
     Returns (rows, explained variance). rows: obs [T·N, 8]; actions, old_logprobs, advantages,
     returns [T·N]. The weights are still those that flew, so old_logprobs are those of π_old.
     """
-    # Two matrix products for the whole batch, not one by one in flight: the same numbers, faster
+    # One call of each network for the whole batch, not one per step: the same numbers, faster
     values = agent["critic"](batch["obs"]).squeeze(-1)                  # [T, N]
     next_values = agent["critic"](batch["next_obs"]).squeeze(-1)        # [T, N]
     old_logprobs, _ = logprobs_and_entropy(agent["actor"], batch["obs"], batch["actions"])
@@ -332,8 +342,8 @@ def update(agent, optimizer, batch, config, generator):
             part = {name: tensor[chosen] for name, tensor in rows.items()}      # [B, ..]
             advantages = part["advantages"]                             # [B]
             if config.broken != "no-adv-norm":                          # BREAK
-                # To mean 0 and (unbiased) std 1, so that c_e means the same in every task and
-                # phase. It bends the gradient a little (lesson 1, whitening); PPO accepts that
+                # To mean 0 and (unbiased) std 1: lr and c_e then fit every task and phase. The
+                # price is a slightly changed gradient (lesson 1, whitening)
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
             logprobs, entropy = logprobs_and_entropy(agent["actor"], part["obs"], part["actions"])
             values = agent["critic"](part["obs"]).squeeze(-1)           # [B]
@@ -364,17 +374,20 @@ def train(config, out, device, log=print, bar=False):
     """
     torch.manual_seed(config.seed)
     agent = make_agent(config.hidden).to(device)
-    # eps: where gradients are tiny, the step shrinks instead of being blown up to full size.
+    # Adam divides by (size of the gradient + eps): a larger eps makes tiny gradients tiny steps
     # fused: one loop over all weights instead of a dozen small operations per tensor
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     envs = SyncVectorEnv([make_env] * config.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    # Of a new run: update 0, best_eval −∞, no best weights, no flights, no rows of the tables
     state = load_checkpoint(out, agent, optimizer, generator)
     log(table_line())
     for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
                        total=config.updates, disable=not bar, unit="update", leave=False):
         start = time.perf_counter()
-        if (number - 1) % config.eval_every == 0:     # at the start, and after every checkpoint
+        # The physics cannot be saved. So every run, resumed or not, starts new flights after each
+        # checkpoint
+        if (number - 1) % config.eval_every == 0:
             obs, so_far = new_flights(envs, config, number)
         batch, obs = collect(envs, obs, agent["actor"], config.num_steps, generator)
         finished = finished_flights(batch, so_far)
@@ -407,11 +420,10 @@ def train(config, out, device, log=print, bar=False):
 def new_flights(envs, config, number):
     """Starts N new flights before update `number`. Returns (observations [N, 8], so_far [N, 2]).
 
-    so_far holds the return and the length of each flight so far (finished_flights).
-    The physics of the landers cannot be saved. So that a resumed run equals an uninterrupted one,
-    BOTH abandon the flights of the moment at every checkpoint, and the seeds of the new ones follow
-    from the update's number alone. An abandoned flight is not lost: its last step bootstraps from
-    the critic like any step at the end of a batch.
+    so_far holds the return and the length of each flight so far (finished_flights). Lander i gets
+    the seed below + i, which follows from the update's number alone: a resumed run flies the same
+    flights. A flight that is abandoned is not lost: its last step bootstraps from the critic like
+    any step at the end of a batch.
     """
     obs, _ = envs.reset(seed=10_000_000 + 1_000_000 * config.seed + number * config.num_envs)
     return obs, np.zeros((config.num_envs, 2))

@@ -30,7 +30,8 @@ clip, because every batch is used once. RLOO: REINFORCE, leave one out.
 Deliberately left out: a critic; several epochs on one batch.
 
 Sources: Back to Basics arXiv 2402.14740; RLOO, Kool et al. 2019.
-Shapes: P prompts of T tokens; G answers to each; B = P·G answers of at most L tokens; V vocabulary.
+Shapes: P prompts of T tokens; G answers to each; B = P·G answers of at most L tokens; V vocabulary;
+S answers that are still being written.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -129,7 +130,7 @@ def remove_dropout(model):
     """Sets every dropout probability to 0, so that train() and eval() compute the same."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            is_dropout = "drop" in name or name == "p" and isinstance(module, torch.nn.Dropout)
+            is_dropout = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
             if is_dropout and isinstance(value, float):
                 setattr(module, name, 0.0)
 
@@ -170,8 +171,9 @@ def load_reward_model(name, level, device="cpu"):
 def set_pooling(model, tokenizer):
     """Makes the classifier read the end token, which every text here has.
 
-    It reads the last token that is not padding. Where padding = end token it would pass over the
-    end and read whatever stands before it. So padding becomes another token, no matter which.
+    A classifier computes its logits from ONE token, the last that is not padding, because only that
+    one has seen the whole text. If padding and end are one token, it takes the end for padding.
+    So another token becomes the padding. It may occur inside a text: only the last place counts.
     """
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     other = (end + 1) % model.config.vocab_size
@@ -206,7 +208,7 @@ def prompt_tokens(tokenizer, prompts):
 def judged_tokens(tokenizer, prompts, answers, longest):
     """Prompt and answer as the reward model reads them: B lists of ids, each with one end token.
 
-    The one encoder for training and for scoring, in the policy's own chat format.
+    The one encoder for training and for scoring, in the language model's own chat format.
     """
     chats = [as_messages(prompt) + [{"role": "assistant", "content": answer}]
              for prompt, answer in zip(prompts, answers)]
@@ -221,7 +223,8 @@ def judged_tokens(tokenizer, prompts, answers, longest):
 
 
 def before_end(row, end):
-    """The ids before the end token. A template may write a line break after it, or no end."""
+    """The ids before the end token. A template may write up to two more tokens after it (a line
+    break), or no end at all."""
     for back in (1, 2, 3):
         if len(row) >= back and row[-back] == end:
             return row[:-back]
@@ -318,9 +321,9 @@ def penalise(logits, seen, penalty):
 
 def end_tokens(model, tokenizer):
     """Ids that end an answer; a model may have several."""
-    more = getattr(model.generation_config, "eos_token_id", None) or []
-    more = more if isinstance(more, list) else [more]
-    return sorted({tokenizer.eos_token_id, *more})
+    others = getattr(model.generation_config, "eos_token_id", None) or []
+    others = others if isinstance(others, list) else [others]
+    return sorted({tokenizer.eos_token_id, *others})
 
 
 def seen_tokens(ids, mask, vocabulary):
@@ -330,19 +333,22 @@ def seen_tokens(ids, mask, vocabulary):
 
 
 def sample_tokens(logprobs, generator):
-    """One token per row [A] from its log-probabilities [A, V].
+    """One token per row [S] from its log-probabilities [S, V].
 
-    The probabilities of a row are laid end to end on a line of length 1, and one uniform number
-    says in whose piece it falls. torch.multinomial would need V random numbers per row.
+    The probabilities of a row are laid end to end on a line of length 1, and a uniform random
+    number falls into the piece of one token. torch.multinomial would need V random numbers per row.
+
+        0 |--- cat .5 ---|- dog .3 -|- E .2 -| 1        uniform = .62 -> dog
     """
-    line = logprobs.exp().cumsum(dim=-1)                                # [A, V]
-    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [A, 1]
-    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [A, 1]
-    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [A]
+    line = logprobs.exp().cumsum(dim=-1)                                # [S, V]
+    uniform = torch.rand(len(line), 1, generator=generator).to(line.device)         # [S, 1]
+    # Rounding may end the line at .9999999 or 1.0000001: hence the factor
+    token = torch.searchsorted(line, uniform * line[:, -1:], right=True)            # [S, 1]
+    return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, penalty, ends,
+def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, penalty, ends,
              generator):
     """G answers to each prompt, sampled from Eq. 3 and nothing else: no top-k, no top-p.
 
@@ -350,54 +356,58 @@ def generate(model, prompt_ids, prompt_mask, group_size, longest, temperature, p
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # A prompt is read once; its keys and values then serve the G answers. Positions count from the
-    # first real token, because the padding is on the left.
+    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
+    # A prompt is read once; its cache then serves G answers. Positions count from the first real
+    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
     start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], a column per token
+    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
     seen = seen_tokens(prompt_ids, prompt_mask, logits.shape[1])        # [P, V]
     seen = seen.repeat_interleave(group_size, dim=0)                    # [B, V]
 
     B, device = len(mask), prompt_ids.device
     ends = torch.tensor(ends, device=device)
-    completion_ids = ends[0].repeat(B, longest)                         # [B, longest]
-    logprobs = torch.zeros(B, longest, device=device)                   # [B, longest]
-    # Finished answers leave the model's batch. Four answers, three tokens later; E ends an answer:
-    #     answer 0   the cat sat         rows = [0, 2]: only these two are still in the batch.
-    #     answer 1   yes E               What a row would write after its E is masked at the end.
+    completion_ids = ends[0].repeat(B, max_tokens)                      # [B, max_tokens]
+    logprobs = torch.zeros(B, max_tokens, device=device)                # [B, max_tokens]
+    # Finished answers leave the model's batch. Four answers after three steps; E ends an answer:
+    #     answer 0   the cat sat
+    #     answer 1   yes E
     #     answer 2   dogs run fast
     #     answer 3   E
-    rows = torch.arange(B, device=device)                               # [A]: answers in the batch
-    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [A]: have they ended?
-    for t in range(longest):
+    # rows = [0, 2] are still in the batch. Until it leaves, a finished answer goes on writing;
+    # the mask removes what it writes after its E.
+    rows = torch.arange(B, device=device)                               # [S]: answers in the batch
+    finished = torch.zeros(B, dtype=torch.bool, device=device)          # [S]: have they ended?
+    for t in range(max_tokens):
         # Eq. 3  π(y_t|…) = softmax(penalised logits / T)
-        logits = penalise(logits.float(), seen, penalty) / temperature  # [A, V]
-        logp = logits.log_softmax(dim=-1)                               # [A, V]
-        token = sample_tokens(logp, generator)                          # [A]
+        logits = penalise(logits.float(), seen, penalty) / temperature  # [S, V]
+        logp = logits.log_softmax(dim=-1)                               # [S, V]
+        token = sample_tokens(logp, generator)                          # [S]
         completion_ids[rows, t] = token
         logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
         seen.scatter_(1, token[:, None], True)
         finished = finished | torch.isin(token, ends)
-        if finished.all() or t == longest - 1:
+        if finished.all() or t == max_tokens - 1:
             break
-        # Not one by one: whenever some leave, the whole cache is copied
+        # Leaving copies the whole cache, so wait until a fifth of the answers has finished
         if (~finished).sum() < 0.8 * len(rows):
-            stay = ~finished                                            # [A]
+            stay = ~finished                                            # [S]
             rows, token, mask, position = rows[stay], token[stay], mask[stay], position[stay]
             finished, seen = finished[stay], seen[stay]
             cache.batch_select_indices(stay)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [A, T + t + 1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)    # [S, T + t + 1]
         position = position + 1
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    is_end = torch.isin(completion_ids, ends)                           # [B, longest]
-    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, longest]
+    # How many ends stand BEFORE each token?   yes E x E -> 0 0 1 1 -> mask 1 1 0 0
+    is_end = torch.isin(completion_ids, ends)                           # [B, max_tokens]
+    ends_before = is_end.cumsum(dim=1) - is_end.long()                  # [B, max_tokens]
     completion_mask = (ends_before == 0).float()
     L = int(completion_mask.sum(dim=1).max())
     completion_ids = completion_ids.masked_fill(completion_mask == 0, ends[0])

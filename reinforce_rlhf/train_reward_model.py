@@ -5,25 +5,31 @@
     python train_reward_model.py --dataset my_pairs.jsonl    prompt, chosen and rejected per line
     python train_reward_model.py --level 2 --break upper-triangle      a famous bug: see README.md
 
-Expect 80 % or more of the held-out pairs in the right order. It is part 1 of the lesson: part 2,
+Expect 80 % or more of the held-out pairs in the right order (reinforce_rlhf_eval.py counts them
+when this script is done). It is part 1 of the lesson: part 2,
 train_reinforce_rlhf.py, starts this script unless it is given a reward model.
 
 The algorithm
-    the language model, with a new last layer that gives 1 or 10 numbers per text    load_classifier
+    the language model, with a new last layer of 1 or 10 numbers per text      load_classifier
     repeat
         a batch of pairs of similar length                                           sample_batches
         raise the reward of the chosen answer above that of the rejected one   Eq. 1, 2   pair_loss
         one AdamW step
 
 The equations (README.md derives them)
-    Eq. 1   level 1:  L = −log σ(r_w − r_l) + c·(r_w + r_l)²       w: chosen (won), l: rejected
+    Eq. 1   level 1:  loss = −log σ(r_w − r_l) + c·(r_w + r_l)²       w: chosen (won), l: rejected
             c keeps the rewards around 0; σ(x) = 1 / (1 + exp(−x))
-    Eq. 2   level 2:  L = −log Σ_{i>j} p_w(i)·p_l(j),   r = Σ_i i·p(i)       p: over ten grades
+    Eq. 2   level 2:  loss = −log Σ_{i>j} p_w(i)·p_l(j),   r = Σ_i i·p(i)     p: over ten grades
 
-Deliberately left out: several processes (it is the small part), checkpoints.
+Level 1 assumes that people prefer w to l with probability σ(r_w − r_l) (Bradley and Terry). Level 2
+samples a grade i for w and a grade j for l: the sum is the probability that w gets the higher one;
+equal grades count as wrong. Both losses are −log of the probability of what people said.
+
+Deliberately left out: several processes, checkpoints (it runs for minutes).
 
 Sources: Bradley and Terry 1952; InstructGPT, arXiv 2203.02155; Back to Basics, 2402.14740.
-Shapes: B pairs, so 2B texts of at most L tokens; 1 logit (level 1) or 10 (level 2) per text.
+Shapes: B pairs, so 2B texts of at most L tokens, prompt and answer together; 1 logit (level
+1) or 10 (level 2) per text.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -103,7 +109,7 @@ def load_data(dataset, split, validation_split, seed):
     path = Path(dataset or HERE / "data")
     if path.is_dir():
         held_out = read_pairs(path / "held_out.jsonl")
-        more = path / "prompts_held_out.jsonl"        # prompts that have no pairs count too
+        more = path / "prompts_held_out.jsonl"        # part 2 needs prompts only, no pairs
         prompts = read_lines(more, lambda prompt: prompt) if more.exists() else None
         return read_pairs(path / "train.jsonl"), held_out, prompts or unique_prompts(held_out)
     is_file = path.exists() or path.suffix == ".jsonl"
@@ -127,7 +133,8 @@ def unique_prompts(pairs):
 def load_classifier(config):
     """(model, tokenizer): the language model with a new last layer of 1 or 10 logits.
 
-    The trunk knows what a text says. Only the judgement is new, so a few thousand pairs suffice.
+    All layers but the last (the trunk) know what a text says. Only the judgement is new, so a few
+    thousand pairs suffice.
     """
     policy, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "sft")
     context = getattr(policy.config, "max_position_embeddings", None) or math.inf
@@ -135,7 +142,7 @@ def load_classifier(config):
         fail(f"--max-length {config.max_length} exceeds the model's context of {context} tokens")
     settings = copy.deepcopy(policy.config)
     settings.num_labels = 1 if config.level == 1 else 10
-    torch.manual_seed(config.seed)                    # the new layer is random
+    torch.manual_seed(config.seed)    # a random classifier, whose trunk then gets the known weights
     try:
         model = AutoModelForSequenceClassification.from_config(settings)
         trunk = getattr(policy, policy.base_model_prefix)
@@ -144,15 +151,17 @@ def load_classifier(config):
         fail(f"model {config.model} cannot be turned into a reward model "
              f"({type(problem).__name__}); choose one that transformers knows as a classifier too")
     set_pooling(model, tokenizer)
-    # Without dropout: two scores of one text would differ
+    # It stays in eval mode in training too: gradients flow, and dropout is off. With dropout, two
+    # scores of one text would differ
     return model.eval(), tokenizer
 
 
 def set_pooling(model, tokenizer):
     """Makes the classifier read the end token, which every text here has.
 
-    It reads the last token that is not padding. Where padding = end token it would pass over the
-    end and read whatever stands before it. So padding becomes another token, no matter which.
+    A classifier computes its logits from ONE token, the last that is not padding, because only that
+    one has seen the whole text. If padding and end are one token, it takes the end for padding.
+    So another token becomes the padding. It may occur inside a text: only the last place counts.
     """
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     other = (end + 1) % model.config.vocab_size
@@ -167,7 +176,7 @@ def as_messages(prompt):
 def judged_tokens(tokenizer, prompts, answers, longest):
     """Prompt and answer as the reward model reads them: B lists of ids, each with one end token.
 
-    The one encoder for training and for scoring, in the policy's own chat format.
+    The one encoder for training and for scoring, in the language model's own chat format.
     """
     chats = [as_messages(prompt) + [{"role": "assistant", "content": answer}]
              for prompt, answer in zip(prompts, answers)]
@@ -182,7 +191,8 @@ def judged_tokens(tokenizer, prompts, answers, longest):
 
 
 def before_end(row, end):
-    """The ids before the end token. A template may write a line break after it, or no end."""
+    """The ids before the end token. A template may write up to two more tokens after it (a line
+    break), or no end at all."""
     for back in (1, 2, 3):
         if len(row) >= back and row[-back] == end:
             return row[:-back]
@@ -203,8 +213,8 @@ def pair_loss(chosen, rejected, center, inverted=False):
     """Eq. 1 or 2 for each pair [B]. chosen, rejected: logits, [B, 1] (level 1) or [B, 10]."""
     if chosen.shape[1] == 1:
         difference = (chosen - rejected)[:, 0]                          # [B]
-        # Eq. 1  Only differences count, so nothing says where 0 is. The second term does, and
-        # costs no accuracy
+        # Eq. 1  Only differences count, so nothing says where 0 is. The second term does; c is
+        # small, so that the differences still decide
         drift = (chosen + rejected)[:, 0].square()                      # [B]
         return -torch.nn.functional.logsigmoid(difference) + center * drift           # [B]
     # Eq. 2  A table of log p_w(i) + log p_l(j). Below its diagonal, where i > j, the chosen answer
@@ -218,7 +228,9 @@ def pair_loss(chosen, rejected, center, inverted=False):
     table = log_w + log_l                                               # [B, 10, 10]
     wanted = torch.ones(10, 10, device=table.device).tril(diagonal=-1) > 0            # [10, 10]
     if inverted:
-        wanted = wanted.T             # BREAK: the REJECTED one is higher. The first loss is .80 too
+        # BREAK: the REJECTED one is higher. With ten equal grades the loss is −log(45 / 100) = .80
+        # either way, so that the first loss shows nothing
+        wanted = wanted.T
     return -table.masked_fill(~wanted, -math.inf).flatten(1).logsumexp(dim=1)         # [B]
 
 
@@ -231,7 +243,7 @@ def reward_from_logits(logits):
 
 
 def step_size(highest, number, updates):
-    """α of update `number`: a short rise, then a cosine down to 0."""
+    """α of update `number`: a rise over the first 5 % of the updates, then a cosine down to 0."""
     rise = min(1, 20 * number / updates)
     return highest * rise * (0.5 + 0.5 * math.cos(math.pi * (number - 1) / updates))
 
@@ -242,7 +254,8 @@ def sample_batches(lengths, size, epochs, seed):
     """All batches of the training: arrays of `size` pair numbers.
 
     Each epoch has its own order. Eight batches at a time are sorted by length, so that short
-    texts do not pay for the padding of long ones. What does not fill a batch is left out.
+    texts do not pay for the padding of long ones. The few pairs that do not fill a batch are left
+    out of an epoch.
     """
     batches = []
     for epoch in range(epochs):
@@ -255,13 +268,13 @@ def sample_batches(lengths, size, epochs, seed):
     return batches
 
 
-def update_on_pairs(config, model, optimizer, ids, mask, half):
+def update_on_pairs(config, model, optimizer, ids, mask, use_bf16):
     """One AdamW step. ids, mask [2B, L]: the B chosen answers, then the B rejected ones.
 
     Returns loss, accuracy (share of pairs in the annotators' order), margin (mean reward of the
     chosen less that of the rejected) and mean_reward.
     """
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=use_bf16):
         logits = model(input_ids=ids, attention_mask=mask).logits.float()          # [2B, 1 or 10]
     chosen, rejected = logits.chunk(2)                                  # [B, 1 or 10] each
     inverted = config.broken == "upper-triangle"                        # BREAK
@@ -273,20 +286,22 @@ def update_on_pairs(config, model, optimizer, ids, mask, half):
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     with torch.no_grad():
-        high, low = reward_from_logits(chosen), reward_from_logits(rejected)          # [B] each
-        return dict(loss=loss.item(), accuracy=(high > low).float().mean().item(),
-                    margin=(high - low).mean().item(),
-                    mean_reward=(high + low).mean().item() / 2)
+        r_chosen = reward_from_logits(chosen)                           # [B]
+        r_rejected = reward_from_logits(rejected)                       # [B]
+        return dict(loss=loss.item(), accuracy=(r_chosen > r_rejected).float().mean().item(),
+                    margin=(r_chosen - r_rejected).mean().item(),
+                    mean_reward=(r_chosen + r_rejected).mean().item() / 2)
 
 
 # ---- the training loop ------------------------------------------------------------------------
 
 def train(config, out, device, log=print, bar=False):
-    """Trains on the pairs. Writes the held-out data and the tables into the directory `out`.
+    """Trains on the pairs. Writes into the directory `out`: data/ (what was held out, all prompts),
+    metrics.csv, timing.csv. The held-out pairs are only for the eval script.
 
     Returns (model, tokenizer, figures for train.json).
     """
-    if config.model == "random":
+    if config.model == "random":      # --smoke without weights: a tiny model, made-up pairs
         pairs, held_out, prompts = toy_data()
     else:
         pairs, held_out, prompts = load_data(config.dataset, config.split, config.validation_split,
@@ -300,12 +315,12 @@ def train(config, out, device, log=print, bar=False):
     lengths = np.array([max(len(c), len(r)) for c, r in zip(chosen, rejected)])
     size = min(config.batch_size, len(pairs))
     batches = sample_batches(lengths, size, config.epochs, config.seed)
-    # β2 = .98: the size of the gradients is remembered for some 50 steps. Weight decay, because the
-    # pairs come several times
+    # Adam remembers the size of the gradients for some 50 steps (second beta .98). Weight decay
+    # works against learning the pairs by heart: each comes several times
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98),
                                   weight_decay=0.01)
-    # bf16 arithmetic on CUDA, but not for the small models
-    half = device.type == "cuda" and config.model not in ("random", "")
+    # 16-bit arithmetic on CUDA, but not for the small models
+    use_bf16 = device.type == "cuda" and config.model not in ("random", "")
     log(f"{model.num_parameters():,} parameters · {len(pairs):,} pairs × {config.epochs}, "
         f"{len(batches)} updates of {size}")
     log(table_line())
@@ -318,7 +333,8 @@ def train(config, out, device, log=print, bar=False):
             group["lr"] = lr
         texts = [chosen[k] for k in batch] + [rejected[k] for k in batch]             # 2B
         ids, mask = pad_right(texts, model.config.pad_token_id)                       # [2B, L]
-        terms = update_on_pairs(config, model, optimizer, ids.to(device), mask.to(device), half)
+        terms = update_on_pairs(config, model, optimizer, ids.to(device), mask.to(device),
+                                use_bf16)
         rows.append(dict(update=number) | terms | dict(lr=lr))
         clock.append(dict(update=number, seconds=time.perf_counter() - start))
         if number % tenth == 0:

@@ -503,6 +503,8 @@ def update(config, accelerator, policy, optimizer, q0, batch):
     return loss.item(), q_terminal.detach()
 
 
+# ---- what --break does (skip it at first) -------------------------------------------------------
+
 def sabotage(batch, config, reference, tokenizer):
     """What --break does to a batch. Nothing of this belongs to SPO."""
     if config.broken == "no-reference":               # the prior is forgotten

@@ -560,7 +560,8 @@ for norm, kl in (("sequence", 0.0), ("token", 0.0), ("constant", 0.05), ("token"
     if accelerator.is_main_process:
         torch.save((torch.cat([p.grad.flatten() for p in model.parameters()]), terms), sys.argv[1] + norm + str(kl))
 accelerator.wait_for_everyone()
-accelerator.end_training()                                        # else the interpreter may abort on its way out
+accelerator.end_training()
+import os; os._exit(0)            # on a busy machine a thread of gloo may still run, and the interpreter would abort on its way out
 """
 
 

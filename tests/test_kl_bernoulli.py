@@ -573,7 +573,8 @@ half["rewards"] = torch.zeros(len(half["rewards"]))               # and now nobo
 terms = train.update(t.config(method="kl_batch"), accelerator, policy, optimizer, half)
 assert terms["trained"] == 0
 accelerator.wait_for_everyone()
-accelerator.end_training()                                        # else the interpreter may abort on its way out
+accelerator.end_training()
+import os; os._exit(0)            # on a busy machine a thread of gloo may still run, and the interpreter would abort on its way out
 """
 
 

@@ -958,7 +958,8 @@ terms = t.train.update(t.config(micro_batch=3, gamma=0.9), accelerator, policy, 
 if accelerator.is_main_process:
     torch.save((t.flat_gradient(model), terms["loss"], terms["grad_norm"]), sys.argv[1])
 accelerator.wait_for_everyone()
-accelerator.end_training()                                        # else the interpreter may abort on its way out
+accelerator.end_training()
+import os; os._exit(0)            # on a busy machine a thread of gloo may still run, and the interpreter would abort on its way out
 """
 
 

@@ -1,7 +1,8 @@
-"""Actor-critic self-play on Tic-Tac-Toe: learn against your own past, then prove that nobody wins.
+"""Actor-critic self-play on Tic-Tac-Toe: learn against your own past, then prove you never lose.
 
-    python train_tictactoe.py           about a minute; expect 0 losing lines (nobody can win) and
-                                        0 reachable positions played worse than minimax
+    python train_tictactoe.py           about a minute; expect 0 losing lines (no sequence of moves
+                                        beats it) and 0 reachable positions with a worse move than
+                                        minimax would make
     python train_tictactoe.py --help    every hyperparameter, with the symptom of a wrong value
 
 The algorithm
@@ -17,21 +18,29 @@ The algorithm
 The equations (README.md explains them)
     Eq. 1   π(a|s) = softmax of the logits of the legal moves     an illegal move: exactly 0
     Eq. 2   z_t = outcome for the learner: +1 won, 0 drawn, −1 lost     the return at γ = 1
-    Eq. 3   A_t = z_t − V(s_t)                         better or worse than the critic expected
+    Eq. 3   A_t = z_t − V(s_t)                         better or worse than V(s_t) expected
     Eq. 4   L_actor = −mean log π(a_t|s_t)·A_t         A is data: no gradient into the critic here
     Eq. 5   L_critic = ½·mean (V(s_t) − z_t)²
     Eq. 6   L = L_actor + c_v·L_critic − c_e·mean entropy
     Eq. 7   v(s) = max over legal a of −v(s after a)   minimax: what is good for the next mover is
-                                                       bad for me
+            v(s) = −1 if the last mover has three in a row,   bad for me
+                    0 if the board is full
+
+The actor is the policy. The critic, V, is a second network that guesses z from the board. It is the
+baseline of lesson 1, now learnt for each board. On-policy: an update uses only moves that the
+current actor itself has sampled, since Eq. 4 holds for these alone. A losing line is a sequence of
+moves that ends with a defeat of the agent. A position is reachable if it can occur while the agent
+plays its own moves.
 
 New since lesson 1 (CartPole): an environment of our own; a critic; two players; masked actions; a
-proof instead of a win rate. Deliberately left out: search, replay, bootstrapping (a game has at
-most nine moves), --resume (a run takes a minute).
+proof instead of a win rate. Deliberately left out: search (looking ahead), replay (using old games
+again), bootstrapping (the critic's guess in place of the rest of the game: nine moves are few),
+--resume (a run takes a minute).
 
 Sources: Williams 1992; Sutton and Barto, Reinforcement Learning, 2nd ed., 5.3 (exploring starts)
-and 13.4. Strictly, they call this REINFORCE with a learnt baseline. They reserve "actor-critic" for
-critics that are bootstrapped from, as in the next lesson.
-Shapes: B games; M decisions of the learner; n boards; 9 squares, numbered 0-8 line by line.
+and 13.4. The book calls this algorithm REINFORCE with a learnt baseline; its "actor-critic" also
+bootstraps, as the next lesson does.
+Shapes: B games; M decisions of the learner; n boards; 9 squares, numbered 0-8 row by row.
 Every board is shown from the mover's side: +1 the mover's stones, −1 the other's, 0 empty.
 """
 # /// script
@@ -78,15 +87,15 @@ class Config:
                    "at once and mistakes freeze. Too low: losing lines are left", above=0)
     ent_coef: float = hp(0.1, "c_e, entropy bonus, falls to 0 during the run. Too low: stops "
                          "looking for better moves. Too high: never commits", low=0)
-    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss. It matters only through the common "
-                        "gradient norm: Adam ignores a constant factor", low=0)
+    vf_coef: float = hp(0.5, "c_v, weight of the critic's loss. Adam ignores a constant factor; "
+                        "it only shares out max_grad_norm between actor and critic", low=0)
     max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", above=0)
     opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare "
-                                "replies never occur. 1: traps beat sound play", low=0, high=1)
+                                "replies never occur. 1: setting traps wins most", low=0, high=1)
     exploring_starts: float = hp(0.9, "share of games that start from one of all 4,520 positions. "
                                  "0: unusual positions stay unlearned", low=0, high=1)
-    views: int = hp(8, "views of a board that the players see at random. 1: only the board as it "
-                    "is, every position is learnt by itself", low=1, high=8)
+    views: int = hp(8, "how many of the 8 rotations and reflections of a board the players see. "
+                    "1: each position is learnt by itself", low=1, high=8)
     pool: int = hp(20, "frozen earlier selves kept as opponents (a default run makes 16, the "
                    "untrained one included). 1: may go round in circles", low=1)
     hidden: int = hp(128, "units in each of the two hidden layers. Too low: cannot hold all "
@@ -106,6 +115,9 @@ LINES = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8],      # rows            0 
 
 class TicTacToeEnv(gym.Env):
     """Tic-Tac-Toe as a Gymnasium environment. One step is one ply, the move of one player.
+
+    It shows what an environment is. Training does not use it: play_games has the same rules for
+    thousands of games at once, and minimax has them once more for its tuples. Tests compare all.
 
     Observation: [3, 3] int8 from the side of whoever is to move. Action: square 0-8. Reward, for
     the player who has just moved: +1 for completing a line, −1 for an illegal move (which ends the
@@ -204,7 +216,7 @@ def actor_critic_loss(logits, actions, outcomes, values, vf_coef, ent_coef):
     """
     all_logprobs = torch.log_softmax(logits, dim=-1)                    # [M, 9]
     logprobs = all_logprobs.gather(1, actions[:, None]).squeeze(1)      # [M]
-    # Eq. 3  V detached: the actor's loss must not teach the critic to be wrong in its favour
+    # Eq. 3  V detached: else the critic could lower the actor's loss by wrong guesses
     advantages = outcomes - values.detach()                             # [M]
     # Eq. 4  minus sign because the optimizer descends
     actor_loss = -(logprobs * advantages).mean()
@@ -220,15 +232,18 @@ def actor_critic_loss(logits, actions, outcomes, values, vf_coef, ent_coef):
 
 
 def sample(logits, generator):
-    """One action per row from softmax(logits), by Gumbel-max as in lesson 1. [n, 9] -> [n]"""
+    """One action per row from softmax(logits). [n, 9] -> [n]
+
+    As in lesson 1: argmax(logits + Gumbel noise) is a sample from softmax(logits).
+    """
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()    # [n, 9]
     return (logits + noise).argmax(dim=-1)
 
 
 # ---- playing thousands of games at once -------------------------------------------------------
 
-# The eight ways to look at a board: four rotations, each also mirrored. Square i of view k is
-# square VIEWS[k, i] of the board; view 0 is the board as it is. VIEWS [8, 9].
+# The eight ways to look at a board: four rotations, each also mirrored (picture in choose_moves).
+# VIEWS [8, 9]: square i of view k is square VIEWS[k, i] of the board; view 0 is the board as it is.
 ROTATIONS = [torch.rot90(torch.arange(9).view(3, 3), turns) for turns in range(4)]
 VIEWS = torch.stack([view.reshape(9) for turned in ROTATIONS for view in (turned, turned.T)])
 
@@ -237,12 +252,14 @@ def play_games(actor, opponent, starts, config, generator):
     """Plays one game from each start, all side by side, ply by ply.
 
     starts [B, 9] int8 from the mover's side, not over. Returns what the learner decided, M times in
-    all: a dictionary of boards [M, 9] as it saw them, actions [M] as it named them, games [M] (the
-    number of the game) and outcomes [M] (how that game ended for it).
+    all: a dictionary of boards [M, 9] and actions [M], both in the random view that it saw
+    (choose_moves), games [M] (the number of the game), outcomes [M] (how that game ended for it).
 
-        who is to move     ply 0      ply 1      ply 2     …    the learner plays both sides
-        games 0 … B/2−1    learner    opponent   learner        equally often; a game that is over
-        games B/2 … B−1    opponent   learner    opponent       just waits for the others
+        who is to move     ply 0      ply 1      ply 2
+        games 0 … B/2−1    learner    opponent   learner
+        games B/2 … B−1    opponent   learner    opponent
+
+    Ply 0 is the first move after the start. A game that is over waits for the others.
     """
     B = len(starts)
     boards = starts.clone()                                             # [B, 9]
@@ -273,7 +290,7 @@ def play_games(actor, opponent, starts, config, generator):
     return batch
 
 
-@torch.no_grad()      # acting needs no gradient: update() computes log π once more
+@torch.no_grad()      # acting needs no gradient: update() computes log π with one
 def choose_moves(actor, boards, views, blunders, generator):
     """One sampled move per board [n, 9]. Returns (seen [n, 9], actions [n], squares [n]).
 
@@ -286,8 +303,8 @@ def choose_moves(actor, boards, views, blunders, generator):
          . . .         1 4 7         O . .          O . .           X . .
          . . .         0 3 6         X . .          X X .           . . .
 
-    The action IS a sample of π(·|what the player sees), so what we store is on-policy, and over
-    many games every position is practised in all views. blunders: share of uniformly random moves.
+    The action is a sample of π(·|what the player sees), so what we store is on-policy. Over many
+    games every position is practised in all views. blunders: share of uniformly random moves.
     """
     n = len(boards)
     view = VIEWS[torch.randint(views, (n,), generator=generator)]       # [n, 9]
@@ -329,10 +346,10 @@ def choose(config, pool, positions, generator):
 def update(agent, optimizer, batch, config, share_left, generator):
     """One gradient step on the decisions of one batch of games. Returns what to watch.
 
-    share_left falls from 1 to 0 during the run: large steps and much trying first, small and sure
-    steps at the end.
+    share_left, the share of the run that is still to come, falls from 1 to 0: large steps and much
+    trying first, small and sure steps at the end.
     """
-    if config.broken:
+    if config.broken:                                                   # only with --break
         batch = sabotage(batch, config, generator)                      # BREAK
     optimizer.param_groups[0]["lr"] = config.lr * share_left
     boards, outcomes = batch["boards"], batch["outcomes"]
@@ -349,32 +366,6 @@ def update(agent, optimizer, batch, config, share_left, generator):
     # The mean outcome is no measure of success: a weak opponent makes it high
     return dict(outcome=outcomes.mean().item(), moves=len(outcomes), **terms,
                 grad_norm=grad_norm.item())
-
-
-def sabotage(batch, config, generator):
-    """What --break does to a batch; broken_config holds the breaks that only change settings."""
-    if config.broken == "one-side-only":              # nothing is learnt from moving second
-        kept = batch["games"] < config.games // 2                       # [M]
-        batch = {name: values[kept] for name, values in batch.items()}
-    if config.broken == "off-policy-symmetry":        # π never chose this move in this view
-        view = VIEWS[torch.randint(8, batch["actions"].shape, generator=generator)]    # [M, 9]
-        turned = view == batch["actions"][:, None]                      # [M, 9] where is it now?
-        batch = batch | dict(boards=batch["boards"].gather(1, view),
-                             actions=turned.int().argmax(dim=-1))
-    return batch
-
-
-def broken_config(config):
-    """What --break does to the settings: the breaks that need no line of their own."""
-    if config.broken == "latest-opponent-only":       # yesterday's answers are forgotten
-        return replace(config, pool=1)
-    if config.broken == "no-exploring-opponent":      # nobody leaves the beaten path on purpose
-        return replace(config, opponent_random=0.0, exploring_starts=0.0)
-    if config.broken == "one-side-only":              # a random start would show the other side
-        return replace(config, exploring_starts=0.0)
-    if config.broken == "off-policy-symmetry":        # games are played in one view
-        return replace(config, views=1)
-    return config
 
 
 # ---- the proof --------------------------------------------------------------------------------
@@ -431,7 +422,8 @@ def prove(actor, values):
 
     values: minimax_values(). Returns {"first": …, "second": …, "all_positions_worse_than_minimax":
     n}. Each side has the number of complete games `lost`, `drawn`, `won`, and `worse_than_minimax`:
-    positions that can occur against this policy, in which its move gives something away.
+    positions that can occur while it plays its own moves, and in which its move is a mistake. The
+    number n counts the mistakes in all 4,520 positions.
     """
     table = greedy_table(actor, values)
     worse = {board for board, square in table.items()
@@ -457,7 +449,8 @@ def train(config, out, log=print, bar=False):
     generator = torch.Generator().manual_seed(config.seed)
     agent = make_agent(config.hidden)
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, fused=True)
-    # The values serve the proof and the choice of the best weights. No gradient sees them
+    # Minimax serves the proof and the choice of the best weights. Training uses only the list of
+    # positions, for its random starts, never their values
     values = minimax_values()
     positions = torch.tensor(open_positions(values), dtype=torch.int8)  # [4520, 9]
     pool = [copy.deepcopy(agent["actor"])]
@@ -514,6 +507,35 @@ def faults(proof):
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (files, checks,
 # ==== command line). You do not need it to understand the algorithm. =============================
+
+# ---- what --break does ------------------------------------------------------------------------
+
+def sabotage(batch, config, generator):
+    """What --break does to a batch. Two breaks change settings too (broken_config)."""
+    if config.broken == "one-side-only":              # nothing is learnt from moving second
+        kept = batch["games"] < config.games // 2                       # [M]
+        batch = {name: values[kept] for name, values in batch.items()}
+    if config.broken == "off-policy-symmetry":        # π never chose this move in this view
+        view = VIEWS[torch.randint(8, batch["actions"].shape, generator=generator)]    # [M, 9]
+        # Board and move are turned after the game: log π is then that of a move never sampled there
+        turned = view == batch["actions"][:, None]                      # [M, 9]: where it is now
+        batch = batch | dict(boards=batch["boards"].gather(1, view),
+                             actions=turned.int().argmax(dim=-1))
+    return batch
+
+
+def broken_config(config):
+    """What --break does to the settings."""
+    if config.broken == "latest-opponent-only":       # yesterday's answers are forgotten
+        return replace(config, pool=1)
+    if config.broken == "no-exploring-opponent":      # neither blunders nor random starts
+        return replace(config, opponent_random=0.0, exploring_starts=0.0)
+    if config.broken == "one-side-only":              # a random start may be the second player's
+        return replace(config, exploring_starts=0.0)
+    if config.broken == "off-policy-symmetry":        # games are played in one view
+        return replace(config, views=1)
+    return config
+
 
 # ---- what the console and the files show ------------------------------------------------------
 
