@@ -47,7 +47,7 @@ def make_env():
 
 
 def make_network(hidden, outputs, last_gain):
-    """From observations [.., 8] to [.., outputs]. ReLU and not the usual tanh: as good, and cheaper.
+    """From observations [.., 8] to [.., outputs]. ReLU, not the usual tanh: as good, and cheaper.
 
     Orthogonal weights times √2 keep the size of a signal through a ReLU: PPO's usual start.
     """
