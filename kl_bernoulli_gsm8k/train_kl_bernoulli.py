@@ -688,6 +688,7 @@ def describe(config, accelerator, batch):
         entropy=-batch["old_logprobs"].sum(),
         tokens=lengths.sum(),
         completion_length=lengths.mean(),
+        # An answer that ends with its very last token counts as cut off too
         cut_off_ratio=(lengths == config.max_new_tokens).float().mean())
     values = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
     row = dict(zip(means, values))

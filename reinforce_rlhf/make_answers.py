@@ -102,7 +102,8 @@ def prompt_tokens(tokenizer, prompts):
         texts = ["\n".join(message["content"] for message in chat) + "\n" for chat in chats]
         rows = [tokenizer(text)["input_ids"] for text in texts]
     T = max(len(row) for row in rows)
-    # Which token pads does not matter: masks come from lengths, never from `ids != pad`
+    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
+    # be the end token, which also occurs as a real one
     pad = tokenizer.eos_token_id
     ids = [[pad] * (T - len(row)) + row for row in rows]
     mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
@@ -110,7 +111,7 @@ def prompt_tokens(tokenizer, prompts):
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
-    """The B answers as text. Training never uses the text, only the ids that were sampled."""
+    """The B answers as text, for the reward model and the reader. The loss uses the ids [B, L]."""
     texts = []
     for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu()):
         texts.append(tokenizer.decode(ids[mask > 0], skip_special_tokens=True).strip())
@@ -167,8 +168,9 @@ def set_pooling(model, tokenizer):
 def reward_logits(model, tokenizer, prompts, answers, longest, size=64):
     """The reward model's logits, [B, 1] (level 1) or [B, 10] (level 2), float32, on the CPU."""
     rows = judged_tokens(tokenizer, prompts, answers, longest)
-    order = sorted(range(len(rows)), key=lambda k: len(rows[k]))        # short ones together:
-    logits = torch.empty(len(rows), model.config.num_labels)            # less padding
+    # Texts of similar length together: less padding
+    order = sorted(range(len(rows)), key=lambda k: len(rows[k]))
+    logits = torch.empty(len(rows), model.config.num_labels)
     for start in range(0, len(order), size):
         part = order[start:start + size]
         ids, mask = pad_right([rows[k] for k in part], model.config.pad_token_id)     # [b, L]
@@ -321,7 +323,8 @@ def completion_logprobs(model, batch, temperature, penalty):
     NEXT token, so the logits for an answer begin one place before it:
 
         ids              pad  pad  What  is   it   | A    cat  E            T = 5, L = 3
-        logits used                          [it] -> A,  [A] -> cat,  [cat] -> E;  those of E: none
+        logits used at                        it     A    cat
+        they predict                          A      cat  E
     """
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)            # [B, T + L]
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
@@ -335,6 +338,7 @@ def completion_logprobs(model, batch, temperature, penalty):
         seen[:, 0] = seen_tokens(batch["prompt_ids"], batch["prompt_mask"], vocabulary)
         before = batch["completion_ids"][:, :-1, None]                  # [B, L − 1, 1]
         seen[:, 1:].scatter_(2, before, True)
+        # cummax: a token that was seen stays seen at all later places
         logits = penalise(logits, seen.cummax(dim=1).values, penalty)
     logits = logits / temperature                                       # Eq. 3, as in sampling
     chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)        # [B, L]

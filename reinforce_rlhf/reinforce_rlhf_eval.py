@@ -137,9 +137,10 @@ def summary(rows):
 
 
 def distinct2(texts):
-    """Share of the pairs of neighbouring words that are new within their text, over all texts.
+    """Different pairs of neighbouring words of each text, divided by all its pairs; over all texts.
 
     1 where no answer says anything twice, near 0 for one word again and again.
+    Example: "a b a b" has the pairs ab, ba, ab: 2 of 3.
     """
     words = [text.split() for text in texts]
     pairs = [list(zip(text, text[1:])) for text in words]

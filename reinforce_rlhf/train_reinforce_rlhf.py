@@ -1,4 +1,4 @@
-"""REINFORCE for RLHF: make answers that a reward model likes more likely, and stay near the start.
+"""REINFORCE for RLHF: make answers with a high reward more likely, and stay near the start.
 
     python train_reinforce_rlhf.py --level 1      6 minutes on one core: reward model, then policy
     python train_reinforce_rlhf.py --level 2      with a reward model that grades from 1 to 10
@@ -6,8 +6,13 @@
     python train_reinforce_rlhf.py --config config_full_size.yaml    SmolLM2-135M (hub, a GPU)
     accelerate launch train_reinforce_rlhf.py                        several processes or GPUs
 
-Expect a win rate above 80 % against the SFT model, from which training starts (SFT: supervised
-fine-tuning). Without a reward model, train_reward_model.py (Eq. 1, 2) is started first.
+RLHF is reinforcement learning from human feedback. People say which of two answers they prefer. A
+reward model learns from that to give an answer a number (Eq. 1, 2: train_reward_model.py, which is
+started first if there is none). This script trains the policy, a language model, towards a high
+number. It starts from the SFT model (supervised fine-tuning).
+
+Expect a win rate above 80 %: how often reinforce_rlhf_eval.py, by a score that training never sees,
+prefers an answer of the trained model to one of the SFT model.
 
 The algorithm
     repeat
@@ -19,11 +24,11 @@ The algorithm
         one AdamW step on −A · log π(answer)                              Eq. 7   reinforce_loss
 
 The equations (README.md derives them)
-    Eq. 3   π(y_t|…) = softmax(penalised logits / T)       the same in sampling and in scoring
+    Eq. 3   π(y_t|…) = softmax(logits / temperature)       in sampling and in training alike
     Eq. 4   R = r(x, y) − β·Σ_t log(π(y_t|…) / π_ref(y_t|…))     π_ref: the frozen SFT model
     Eq. 5   REINFORCE:  A = R − b                          b: an average of earlier R
     Eq. 6   RLOO:  A_i = R_i − mean_{j≠i} R_j              over the G answers to one prompt
-    Eq. 7   L = −(1/B)·Σ_i A_i·Σ_t γ^(|y_i|−t)·log π(y_t|…)    γ = 1: an answer is one action
+    Eq. 7   loss = −(1/B)·Σ_i A_i·Σ_t γ^(|y_i|−t)·log π(y_t|…)    γ = 1: an answer is one action
 
 New since the GRPO lesson: the reward model is our own; the KL sits in the reward; no ratio and no
 clip, because every batch is used once. RLOO: REINFORCE, leave one out.
@@ -90,9 +95,9 @@ class Config:
     updates: int = hp(40, "batches of answers. Too many, with too little KL: over-optimisation",
                       low=1)
     batch_size: int = hp(256, "B, answers per update. Too low: noisy. Too high: slow", low=1)
-    group_size: int = hp(0, "G, answers per prompt; 0: 1 for reinforce, 4 for rloo", low=0)
+    group_size: int = hp(0, "G, answers per prompt; 0 becomes 1 (reinforce) or 4 (rloo)", low=0)
     max_new_tokens: int = hp(64, "L, tokens after which an answer is cut off", low=1)
-    temperature: float = hp(1.0, "T, logits are divided by it, in sampling and in scoring", above=0)
+    temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", above=0)
     repetition_penalty: float = hp(1.0, "lowers tokens that the text has; 1: off", low=1, high=10)
     # The loss
     estimator: str = hp("reinforce", "baseline from earlier batches (reinforce), or from the other "
@@ -198,7 +203,8 @@ def prompt_tokens(tokenizer, prompts):
         texts = ["\n".join(message["content"] for message in chat) + "\n" for chat in chats]
         rows = [tokenizer(text)["input_ids"] for text in texts]
     T = max(len(row) for row in rows)
-    # Which token pads does not matter: masks come from lengths, never from `ids != pad`
+    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
+    # be the end token, which also occurs as a real one
     pad = tokenizer.eos_token_id
     ids = [[pad] * (T - len(row)) + row for row in rows]
     mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
@@ -243,8 +249,9 @@ def pad_right(rows, pad):
 def reward_logits(model, tokenizer, prompts, answers, longest, size=64):
     """The reward model's logits, [B, 1] (level 1) or [B, 10] (level 2), float32, on the CPU."""
     rows = judged_tokens(tokenizer, prompts, answers, longest)
-    order = sorted(range(len(rows)), key=lambda k: len(rows[k]))        # short ones together:
-    logits = torch.empty(len(rows), model.config.num_labels)            # less padding
+    # Texts of similar length together: less padding
+    order = sorted(range(len(rows)), key=lambda k: len(rows[k]))
+    logits = torch.empty(len(rows), model.config.num_labels)
     for start in range(0, len(order), size):
         part = order[start:start + size]
         ids, mask = pad_right([rows[k] for k in part], model.config.pad_token_id)     # [b, L]
@@ -262,7 +269,7 @@ def reward_from_logits(logits):
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
-    """The B answers as text. Training never uses the text, only the ids that were sampled."""
+    """The B answers as text, for the reward model and the reader. The loss uses the ids [B, L]."""
     texts = []
     for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu()):
         texts.append(tokenizer.decode(ids[mask > 0], skip_special_tokens=True).strip())
@@ -278,8 +285,8 @@ def rloo_advantages(returns, group_size):
     Example, G = 2: [3, 1] -> [2, −2]
     """
     grouped = returns.detach().view(-1, group_size)                     # [P, G]
-    # Eq. 6  A_i = R_i − mean_{j≠i} R_j   without its own return in it, the baseline cannot lean
-    # towards the answer, and the expected gradient stays exact
+    # Eq. 6  A_i = R_i − mean_{j≠i} R_j   the baseline does not depend on the answer itself, so the
+    # expected gradient stays exact
     others = (grouped.sum(dim=1, keepdim=True) - grouped) / (group_size - 1)          # [P, G]
     return (grouped - others).flatten()                                 # [P·G]
 
@@ -294,13 +301,15 @@ def baseline_after(kind, baseline, seen, mean):
 
 
 def reinforce_loss(logprobs, completion_mask, advantages, gamma, answers):
-    """Eq. 7: the share that these B answers have in the loss of a batch of `answers` answers.
+    """Eq. 7: what these B answers add to the loss of a whole batch, which has `answers` answers.
 
     logprobs [B, L], the only argument with a gradient; completion_mask [B, L]; advantages [B].
-    Sums, not means: parts of any size add up to the loss of the whole batch, and a long answer
-    counts as one action, like a short one.
+    log π of an answer is the sum over its tokens, so nothing is divided by its length. And since
+    every part divides by the whole batch, the losses of parts add up.
     """
-    following = completion_mask.flip(1).cumsum(1).flip(1) - completion_mask           # [B, L]
+    # How many tokens follow each one: mask 1 1 1 0 -> 2 1 0 0. The reward comes after the last
+    from_here = completion_mask.flip(1).cumsum(1).flip(1)               # [B, L], itself included
+    following = from_here - completion_mask                             # [B, L]
     discount = gamma ** following                                       # [B, L]
     advantages = advantages.detach()[:, None]                           # [B, 1]: one for all tokens
     # Eq. 7  Minus, because an optimizer minimises. The advantage is a constant: the gradient flows
@@ -421,7 +430,8 @@ def completion_logprobs(model, batch, temperature, penalty):
     NEXT token, so the logits for an answer begin one place before it:
 
         ids              pad  pad  What  is   it   | A    cat  E            T = 5, L = 3
-        logits used                          [it] -> A,  [A] -> cat,  [cat] -> E;  those of E: none
+        logits used at                        it     A    cat
+        they predict                          A      cat  E
     """
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)            # [B, T + L]
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
@@ -435,6 +445,7 @@ def completion_logprobs(model, batch, temperature, penalty):
         seen[:, 0] = seen_tokens(batch["prompt_ids"], batch["prompt_mask"], vocabulary)
         before = batch["completion_ids"][:, :-1, None]                  # [B, L − 1, 1]
         seen[:, 1:].scatter_(2, before, True)
+        # cummax: a token that was seen stays seen at all later places
         logits = penalise(logits, seen.cummax(dim=1).values, penalty)
     logits = logits / temperature                                       # Eq. 3, as in sampling
     chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)        # [B, L]
@@ -489,12 +500,13 @@ def collect(config, policy, reference, tokenizer, judge, prompts, generator):
                  prompt_mask=prompt_mask.repeat_interleave(config.group_size, dim=0),
                  completion_ids=completion_ids, completion_mask=completion_mask, logprobs=logprobs)
     ref_logprobs = batch_logprobs(reference, batch, config.temperature, config.repetition_penalty,
-                         config.micro_batch)                            # [B, L]
+                                  config.micro_batch)                   # [B, L]
     asked = [prompt for prompt in prompts for _ in range(config.group_size)]          # B prompts
     logits = reward_logits(*judge, asked, texts, config.max_length)     # [B, 1] or [B, 10]
     rewards = reward_from_logits(logits).to(policy.device)              # [B]
-    # Eq. 4  The log-probabilities are the sampler's own, and no gradient flows through them. The
-    # expected gradient is still exactly that of −β·KL (README.md, section 3)
+    # Eq. 4  No gradient flows through these log-probabilities. Nothing is lost: the missing term
+    # is E[∇log π] = 0, and Eq. 7 does the rest (README.md, section 3). One answer's kl may be
+    # negative; the mean estimates the KL
     kl = (batch["logprobs"] - ref_logprobs).sum(dim=1)                  # [B]
     returns = rewards - config.kl_coef * kl                             # [B]
     return batch | dict(rewards=rewards, kl=kl, returns=returns), texts
@@ -504,7 +516,7 @@ def answer_advantages(config, returns, baseline):
     """How much better than usual the answers are [B] (Eq. 5 or 6). baseline: b, for REINFORCE."""
     if config.estimator == "rloo":
         return rloo_advantages(returns, config.group_size)
-    # Eq. 5  A = R − b   b is older than these answers, so it cannot lean towards any of them
+    # Eq. 5  A = R − b   b is older than these answers, so it does not depend on them
     return returns - baseline
 
 
@@ -515,7 +527,9 @@ def update(config, accelerator, policy, optimizer, batch):
     total = 0.0
     optimizer.zero_grad()
     for number, part in enumerate(parts, 1):
-        # Gradients add up over the parts; processes exchange them once, with the last part
+        # Gradients add up over the parts. Several processes exchange them once, with the last
+        # part, and average them, while our loss divides by the answers of all: hence the
+        # factor. With one process both lines do nothing
         last = number == len(parts)
         with contextlib.nullcontext() if last else accelerator.no_sync(policy):
             with accelerator.autocast():
@@ -523,10 +537,10 @@ def update(config, accelerator, policy, optimizer, batch):
                                                config.repetition_penalty)             # [B', L]
             loss = reinforce_loss(logprobs, part["completion_mask"], part["advantages"],
                                   config.gamma, answers)
-            # Accelerate averages over processes; our loss divides by everybody's answers
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
-    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    grad_norm = float(grad_norm)
     if not math.isfinite(grad_norm):                  # before it can touch the weights
         raise FloatingPointError("the gradient is not finite")
     optimizer.step()
@@ -534,8 +548,10 @@ def update(config, accelerator, policy, optimizer, batch):
     return dict(loss=float(loss), grad_norm=grad_norm)
 
 
+# ---- what --break does (skip it at first) -------------------------------------------------------
+
 def broken_config(config):
-    """What --break does to the settings: the breaks that need no line of their own."""
+    """What --break does to the settings, before train()."""
     if config.broken == "no-kl":                      # nothing holds the policy near the SFT model
         return replace(config, kl_coef=0.0)
     return config
@@ -553,9 +569,10 @@ def train(config, out, accelerator, log=print, bar=False):
     reward_model = Path(config.reward_model or out / PART_1)
     judge = load_reward_model(reward_model, config.level, accelerator.device)
     prompts = load_prompts(config, reward_model, policy, tokenizer)
+    # Before a checkpoint is loaded: the reference is where the run has STARTED
     reference = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
-    # β2 = .95: the size of the gradients is remembered for some 20 steps, a run has 40. No weight
-    # decay: the KL term holds the policy, and 0 is not where it should go
+    # Adam remembers the size of the gradients for some 20 steps (second beta .95): a run has 40. No
+    # weight decay, which would pull the weights to 0: the KL term holds the policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0)
     state = load_checkpoint(out, policy, optimizer, accelerator.num_processes)
@@ -574,10 +591,7 @@ def train(config, out, accelerator, log=print, bar=False):
             batch, texts = collect(config, model, reference, tokenizer, judge, asked, generator)
         batch["advantages"] = answer_advantages(config, batch["returns"], state["baseline"])
         sampled = time.perf_counter()
-        # Dropout is 0 (load_policy), so train() changes nothing here
-        policy.train()
         terms = update(config, accelerator, policy, optimizer, batch)
-        policy.eval()
         row = dict(update=number) | describe(config, accelerator, batch, texts) | terms
         if config.estimator == "reinforce":
             row["baseline"] = state["baseline"]
@@ -644,6 +658,7 @@ def describe(config, accelerator, batch, texts):
         entropy=-batch["logprobs"].sum(),
         tokens=lengths.sum(),
         completion_length=lengths.mean(),
+        # An answer that ends with its very last token counts as cut off too
         cut_off_ratio=(lengths == config.max_new_tokens).float().mean())
     values = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
     row = dict(zip(means, values))
@@ -653,9 +668,10 @@ def describe(config, accelerator, batch, texts):
 
 
 def distinct2(texts):
-    """Share of the pairs of neighbouring words that are new within their text, over all texts.
+    """Different pairs of neighbouring words of each text, divided by all its pairs; over all texts.
 
     1 where no answer says anything twice, near 0 for one word again and again.
+    Example: "a b a b" has the pairs ab, ba, ab: 2 of 3.
     """
     words = [text.split() for text in texts]
     pairs = [list(zip(text, text[1:])) for text in words]

@@ -101,14 +101,15 @@ def reward_of(text, target):
 def completion_logprobs(model, prompt_ids, completion_ids, completion_mask):
     """log π(answer | prompt) of each WHOLE answer [B], in nats: the sum over its tokens.
 
-    prompt_ids [1, T]; completion_ids, completion_mask [B, L], padded on the right, where causal
-    attention cannot see the padding. The end token counts, once: without it "4" would get the
-    probability of everything that begins with 4.
+    B is here any number of answers. prompt_ids [1, T]; completion_ids, completion_mask [B, L],
+    padded on the right: a token looks only to its left, so no attention mask is needed. The end
+    token counts, once: without it "4" would get the probability of everything that begins with 4.
 
-        ids              What  is  it   | 4    2    E            T = 3, L = 3
-        logits used               [it] -> 4,  [4] -> 2,  [2] -> E;  those of E: none
+        ids              What  is   it   | 4    2    E           T = 3, L = 3
+        logits used at              it     4    2
+        they predict                4      2    E
     """
-    # The prompt is read once; its keys and values, with their gradient, serve all B answers
+    # The prompt is read once. The cache, the model's memory of it, serves all B answers
     start = model(input_ids=prompt_ids, use_cache=True, logits_to_keep=1)           # [1, 1, V]
     B, cache = len(completion_ids), start.past_key_values
     cache.batch_repeat_interleave(B)
@@ -122,8 +123,8 @@ def completion_logprobs(model, prompt_ids, completion_ids, completion_mask):
 def soft_value(logprobs, rewards, beta):
     """Q0 = β·log Σ_y π(y)·exp(r(y)/β) (Eq. 4), in the reward's units.
 
-    logprobs, rewards [A] over all A answers. For n samples of π, pass −log n for each: that is the
-    Monte-Carlo estimate.
+    logprobs, rewards [n] over all n answers. For n samples of π, pass −log n for each (the
+    Monte-Carlo estimate): π has decided already how often an answer occurs.
     Example, two equally likely answers with r = 0 and −1: −.5 for β → ∞, −.007 for β = .01.
     """
     # Eq. 4  logsumexp takes the largest exponent out first: nothing overflows, nothing is clamped
@@ -188,7 +189,7 @@ def generate(model, prompt_ids, count, end, generator):
     """N = `count` answers sampled from the model itself: temperature 1, no top-k, no top-p.
 
     prompt_ids [1, T]; end: the end token. Returns tuples of token ids, up to and including the end
-    token. An answer that has not ended after MAX_NEW_TOKENS has none.
+    token. An answer of MAX_NEW_TOKENS without an end stands for all that begin so; they earn −1.
     """
     # The prompt is read once; its keys and values then serve all N answers
     start = model(input_ids=prompt_ids, use_cache=True, logits_to_keep=1)

@@ -19,14 +19,20 @@ The algorithm
             pull Q_T = Q0 + β·log-ratio towards the reward         Eq. 1 to 3  spo_loss
         list all answers, and compare the policy with the optimum       Eq. 5  evaluate
 
+The goal: a large reward without going far from the reference, max E[r] − β·KL(π_θ‖π_ref). Its
+optimum π* is known (Eq. 5). Solved for the reward, Eq. 5 reads r = Q0 + β·log(π*/π_ref). So a
+policy whose Q_T (Eq. 2) equals r for every answer IS π*. That holds for each answer by itself. It
+does not matter where the answers come from, as long as all that matter occur.
+
 The equations (README.md derives them)
     Eq. 1   A = β·Σ_t log( π_θ(y_t|y_<t) / π_ref(y_t|y_<t) )   cumulative advantage of an answer
-    Eq. 2   Q_T = Q0 + A                what the policy implicitly says that the answer will earn
-    Eq. 3   L = mean (Q_T − r)²         squared; or, for r ≤ 0, the cross-entropy
-            L = −mean( p·log q + (1 − p)·log(1 − q) ),  p = exp(r/β − 1),  q = exp(Q_T/β − 1)
-    Eq. 4   Q0 = β·log E_{y~π_ref} exp(r(y)/β)      near the best reward for small β, the mean
-            reward for large β
-    Eq. 5   π*(y) = π_ref(y)·exp((r(y) − Q0)/β)     the optimum: here every answer can be listed
+    Eq. 2   Q_T = Q0 + A                the reward for which π_θ would be the optimum
+    Eq. 3   loss = mean (Q_T − r)²      squared; or, for r ≤ 0, the cross-entropy
+            loss = −mean( p·log q + (1 − p)·log(1 − q) ),  p = exp(r/β − 1),  q = exp(Q_T/β − 1)
+    Eq. 4   Q0 = β·log E_{y~π_ref} exp(r(y)/β)      the soft value: near the best reward for small
+            β, the mean reward for large β
+    Eq. 5   π*(y) = π_ref(y)·exp((r(y) − Q0)/β)     the optimum. Here it can be computed: for 100
+            numbers, and for all other strings together, since all earn −1
 
 π_θ(y) is the policy: the probability that a model with weights θ gives the answer y, token by token
 y_1, y_2, … π_ref is the reference: the same model before training, and it never changes. r is the
@@ -36,7 +42,8 @@ policy and optimum are equal, 1 where they have nothing in common.
 
 New since the PPO lesson: the policy is a language model, an action is a whole answer, the data may
 come from anywhere (no ratio to an old policy, no clip), and the optimum is known.
-Deliberately left out: a critic network, rewards per token, importance weights (none are needed).
+Deliberately left out: a critic network, rewards per token, importance weights (where the answers
+come from changes which errors count most, not the solution).
 
 Source: Soft Policy Optimization, arXiv 2503.05453.
 Shapes: a prompt of T tokens; B answers per step, D different ones among them, of at most L tokens;
@@ -95,7 +102,7 @@ class Config:
                         "old answers) or adversarial",
                         choices=("uniform", "on-policy", "replay", "adversarial"))
     include_invalid: float = hp(0.0, "share of invalid answers among the uniform or adversarial "
-                                "ones. 0: nothing is said about strings never sampled",
+                                "ones. 0: the loss never sees them",
                                 low=0, high=0.9)
     epochs: int = hp(6, "Q0 is estimated before each, the policy is judged after it", low=1)
     samples: int = hp(51_200, "answers per epoch", low=1)
@@ -104,8 +111,8 @@ class Config:
     # The loss
     beta: float = hp(0.05, "β, softness. Too low: one answer takes all, log-ratios explode. Too "
                      "high: the policy stays with the reference", above=0)
-    loss: str = hp("cross-entropy", "cross-entropy or squared (Eq. 3). The squared one insists on "
-                   "how bad a bad answer is, and can lose the good ones over it",
+    loss: str = hp("cross-entropy", "cross-entropy or squared (Eq. 3). The squared one spends its "
+                   "gradient on bad answers, and good ones may become unlikely",
                    choices=("squared", "cross-entropy"))
     q0: str = hp("exact", "soft value: exact (all answers are listed), mc (estimated from samples "
                  "of the reference), learned (one scalar)", choices=("exact", "mc", "learned"))
@@ -204,14 +211,15 @@ def reward_of(text, target):
 def completion_logprobs(model, prompt_ids, completion_ids, completion_mask):
     """log π(answer | prompt) of each WHOLE answer [B], in nats: the sum over its tokens.
 
-    prompt_ids [1, T]; completion_ids, completion_mask [B, L], padded on the right, where causal
-    attention cannot see the padding. The end token counts, once: without it "4" would get the
-    probability of everything that begins with 4.
+    B is here any number of answers. prompt_ids [1, T]; completion_ids, completion_mask [B, L],
+    padded on the right: a token looks only to its left, so no attention mask is needed. The end
+    token counts, once: without it "4" would get the probability of everything that begins with 4.
 
-        ids              What  is  it   | 4    2    E            T = 3, L = 3
-        logits used               [it] -> 4,  [4] -> 2,  [2] -> E;  those of E: none
+        ids              What  is   it   | 4    2    E           T = 3, L = 3
+        logits used at              it     4    2
+        they predict                4      2    E
     """
-    # The prompt is read once; its keys and values, with their gradient, serve all B answers
+    # The prompt is read once. The cache, the model's memory of it, serves all B answers
     start = model(input_ids=prompt_ids, use_cache=True, logits_to_keep=1)           # [1, 1, V]
     B, cache = len(completion_ids), start.past_key_values
     cache.batch_repeat_interleave(B)
@@ -225,8 +233,8 @@ def completion_logprobs(model, prompt_ids, completion_ids, completion_mask):
 def soft_value(logprobs, rewards, beta):
     """Q0 = β·log Σ_y π(y)·exp(r(y)/β) (Eq. 4), in the reward's units.
 
-    logprobs, rewards [A] over all A answers. For n samples of π, pass −log n for each: that is the
-    Monte-Carlo estimate.
+    logprobs, rewards [n] over all n answers. For n samples of π, pass −log n for each (the
+    Monte-Carlo estimate): π has decided already how often an answer occurs.
     Example, two equally likely answers with r = 0 and −1: −.5 for β → ∞, −.007 for β = .01.
     """
     # Eq. 4  logsumexp takes the largest exponent out first: nothing overflows, nothing is clamped
@@ -239,7 +247,7 @@ def spo_loss(log_ratio, rewards, q0, beta, kind):
     log_ratio [B] = log π_θ − log π_ref, with gradient; rewards [B]; q0 scalar. kind: "squared" or
     "cross-entropy". Raises ValueError for the cross-entropy with a reward above 0.
     """
-    # Eq. 1  the advantage over the reference that the policy claims for an answer
+    # Eq. 1  how much more likely than under the reference, in the reward's units
     advantage = beta * log_ratio                                        # [B]
     # Eq. 2
     q_terminal = q0 + advantage                                         # [B]
@@ -252,20 +260,20 @@ def spo_loss(log_ratio, rewards, q0, beta, kind):
 def cross_entropy(q_terminal, rewards, beta):
     """Eq. 3, the other form, for rewards of at most 0. Its minimum is at Q_T = r too.
 
-    p = exp(r/β) is read as the probability that an answer is optimal, q = exp(Q_T/β) as what the
-    policy says about it. A bad answer has p near 0: once q is near 0 too, the slope ends. The
-    squared form keeps pushing.
+    p = exp(r/β − 1), a number between 0 and 1, is read as the probability that an answer is
+    optimal, q = exp(Q_T/β − 1) as what the policy says about it. A bad answer has p near 0: once q
+    is near 0 too, its gradient is near 0. The squared form keeps pushing.
     """
     if (rewards > 0).any():
         raise ValueError("the cross-entropy needs rewards of at most 0, because exp(r/β) is a "
                          "probability there: subtract the greatest reward, or use --loss squared")
-    # Eq. 3  Reward and Q0 are first lowered by β. That changes π* nowhere and keeps p ≤ 1/e: at
-    # p = 1, for the best answer, −log(1 − q) would explode
+    # Eq. 3  The −1 lowers reward and Q_T by β, since (r − β)/β = r/β − 1. That changes π* nowhere
+    # and keeps p ≤ 1/e: at p = 1, for the best answer, −log(1 − q) would explode
     p = (rewards / beta - 1).exp()                                      # [B]
     log_q = q_terminal / beta - 1                                       # [B]
-    # The policy can claim too much: for Q_T ≥ β, log(1 − q) has no value. Clamping Q_T would cut
-    # the gradient exactly where it is needed. So from log q = −.05 on, the curve goes on as its
-    # tangent, and every claim beyond is pushed down with the same force.
+    # Q_T can be far too high: for Q_T ≥ β, log(1 − q) has no value. Clamping Q_T would cut the
+    # gradient exactly where it is needed. So from log q = −.05 on, log(1 − q) is replaced by its
+    # tangent, whose slope stays the same.
     # Example, log q = .45: the curve ends at log(1 − e^−.05) = −3.0, its slope there is −19.5, so
     # the tangent gives −3.0 − 19.5·(.45 + .05) = −12.8
     end = -0.05
@@ -336,7 +344,7 @@ def generate(model, prompt_ids, count, end, generator):
     """N = `count` answers sampled from the model itself: temperature 1, no top-k, no top-p.
 
     prompt_ids [1, T]; end: the end token. Returns tuples of token ids, up to and including the end
-    token. An answer that has not ended after MAX_NEW_TOKENS has none.
+    token. An answer of MAX_NEW_TOKENS without an end stands for all that begin so; they earn −1.
     """
     # The prompt is read once; its keys and values then serve all N answers
     start = model(input_ids=prompt_ids, use_cache=True, logits_to_keep=1)
@@ -395,7 +403,8 @@ def uniform(count, rng):
 
 
 def adversarial(count, target, rng):
-    """Hostile advice: 19 of 20 numbers are far from the target (r < −.3)."""
+    """Hostile advice: 19 of 20 answers come from the numbers far from the target (r < −.3), the
+    others from all numbers."""
     far = [text for text in NUMBERS if reward_of(text, target) < -0.3]
     texts = uniform(count, rng)
     for k in range(count):
@@ -472,7 +481,7 @@ def collect(config, accelerator, model, reference, tokenizer, rng, generator, re
 def ref_logprobs_of(reference, batch, different, known):
     """log π_ref [D] of the different answers of a batch (tuples of token ids).
 
-    The reference is frozen, so `known` keeps what it said: it is asked about an answer only once.
+    The reference is frozen, so `known` keeps what it said: each answer is computed once per epoch.
     """
     new = [k for k, answer in enumerate(different) if answer not in known]
     if new:
@@ -526,7 +535,7 @@ def wrong_q0(config, model, reference, tokenizer, ref_logprobs, generator, log):
     if config.broken == "qzero-from-policy":          # the value under another policy than π_ref
         rewards = sampled_rewards(config, model, tokenizer, generator, log)
         return monte_carlo(rewards, config.beta)
-    # qzero-floor: whatever the truth is, never below β·log 1e-8
+    # qzero-floor: never below β·log 1e-8. That bites only where all answers are bad and β is small
     rewards = sampled_rewards(config, reference, tokenizer, generator, log)
     mean = (rewards / config.beta).clamp(min=-20).exp().mean().item()
     return config.beta * math.log(max(mean, 1e-8))
@@ -572,7 +581,7 @@ def train_epoch(config, accelerator, policy, reference, tokenizer, ref_logprobs,
         judged = evaluate(enumerate_answers(model, tokenizer), ref_logprobs, config.target,
                           config.beta)
     means = torch.tensor(history, device=accelerator.device).mean(dim=0)              # [2]
-    loss, reward = accelerator.reduce(means, "mean").tolist()
+    loss, reward = accelerator.reduce(means, "mean").tolist()           # reward of what was taken
     return dict(epoch=epoch, loss=loss, reward=reward, q0_used=q0.item()) | judged
 
 
@@ -591,7 +600,7 @@ def epochs_without_gain(rows):
     best, since = math.inf, 0
     for row in rows:
         since += 1
-        if row["mean_distance"] < best - 1e-9:        # what is less is rounding
+        if row["mean_distance"] < best - 1e-9:        # a smaller gain is rounding
             best, since = row["mean_distance"], 0
     return since
 
@@ -606,8 +615,8 @@ def train(config, out, accelerator, log=print, bar=False):
     reference = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
     q0 = torch.nn.Parameter(torch.zeros((), device=accelerator.device),
                             requires_grad=config.q0 == "learned")
-    # β2 = .95 instead of Adam's usual .999: gradients shrink a hundredfold while π* is approached,
-    # and a memory of 1,000 steps would go on dividing by the early, large ones
+    # Adam's second beta is .95, not the usual .999: it divides by an average of old gradients, and
+    # these shrink a hundredfold while π* is approached. A learned q0 gets Eq. 3's gradient too
     optimizer = torch.optim.Adam([dict(params=policy.parameters(), highest_lr=config.lr),
                                   dict(params=[q0], highest_lr=0.01)], betas=(0.9, 0.95))
     state = load_checkpoint(out, policy, optimizer, accelerator.num_processes)
