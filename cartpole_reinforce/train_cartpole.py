@@ -3,11 +3,14 @@
     python train_cartpole.py           a second of training; expect greedy 500, sampled at least 475
     python train_cartpole.py --help    every hyperparameter, with the symptom of a wrong value
 
+The task: push a cart left or right, so that the pole on it does not fall. Each step earns 1. An
+episode ends when the pole falls, or after 500 steps. Its return is the sum of its rewards.
+
 The algorithm
     repeat
         play N whole episodes with the current policy                      collect
         if their mean return is 475 or more: play fresh ones, and
-            stop if greedy means 500 and sampled at least 475              evaluate
+            stop at a mean of 500 (greedy) and of 475 (sampled)            evaluate
         G_t  <- the rewards from action a_t on                   Eq. 3     rewards_to_go
         b_t  <- what the other episodes earned from step t on    Eq. 4     leave_one_out_baseline
         one Adam step: actions with G_t > b_t more likely        Eq. 5     policy_gradient_loss
@@ -17,12 +20,15 @@ The equations (README.md derives them)
     Eq. 2   ∇J(θ) = E[ Σ_t ∇log π_θ(a_t|s_t)·(G_t − b_t) ]     the policy gradient
     Eq. 3   G_t = r_t + γ·G_{t+1}                              reward-to-go
     Eq. 4   b_t = mean of G_t over the OTHER episodes that are alive at step t
-    Eq. 5   L(θ) = −1/N · Σ Σ_t m_t·log π_θ(a_t|s_t)·(G_t − b_t)        over the N episodes
+    Eq. 5   L(θ) = −1/N · Σ_i Σ_t m_it·log π_θ(a_it|s_it)·(G_it − b_it)     i: the N episodes
 
-π_θ(a|s) is the policy: the probability of action a in state s under a network with weights θ. r_t
-is the reward of step t. γ, the discount, is 1 here; below 1, Eq. 2 is no longer exact (README.md,
-section 3). b_t is the baseline, a value to compare with. m_t is the mask: 1 while an episode lasts,
-0 after its end. "Greedy" takes the likelier action each time; "sampled" follows the probabilities.
+π_θ(a|s) is the policy: the probability of action a in state s under a network with weights θ. The
+simulator has no gradient, but the probability of what we did has one: ∇π = π·∇log π turns the
+gradient of an average into an average of ∇log π, which samples can estimate. r_t is the reward of
+step t. γ, the discount, is 1 here; below 1, Eq. 2 is no longer exact (README.md, section 3). b_t is
+the baseline, a value to compare with; A_t = G_t − b_t is the advantage. m_t is the mask: 1 while an
+episode lasts, 0 after its end. "Greedy" takes the likelier action each time; "sampled" follows the
+probabilities. Entropy says how undecided the policy is: log 2 at 50 : 50, 0 when it is certain.
 
 This is the first lesson, so everything is new. Deliberately left out: a learned value function (the
 next lessons), an entropy bonus (entropy is only measured), gradient clipping, schedules.
@@ -41,7 +47,6 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -69,7 +74,8 @@ def hp(default, help, **rule):
 
 @dataclass
 class Config:
-    # At most 999, so that the episodes that judge (seeds of 1,000,000 and more) are always new ones
+    # At most 999: the episodes that judge have seeds of 1,000,000 + 1,000·seed and more (train),
+    # those of the final evaluation 2,000,000 + seed, so that all of them are new ones
     seed: int = hp(1, "same seed, same run", low=0, high=999)
     lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: "
                    "still falling over after 50 updates", above=0)
@@ -125,8 +131,9 @@ def leave_one_out_baseline(returns, mask):
 
     returns, mask [T, N]; the mask is 1 while an episode lasts. Returns [T, N].
     Subtracting a baseline does not change the expected gradient, as long as the baseline does not
-    depend on the action: Σ_a π(a)·∇log π(a)·b = b·Σ_a ∇π(a) = b·∇1 = 0. This one holds nothing of
-    the episode itself. It only makes the gradient less noisy.
+    depend on the action: Σ_a π(a)·∇log π(a)·b = Σ_a ∇π(a)·b = b·∇(Σ_a π(a)) = b·∇1 = 0, because
+    π·∇log π = ∇π and probabilities add up to 1. Our baseline is made of other episodes only. What
+    it does change is the noise: numbers around 0 vary less than numbers around 200.
     """
     # Returns shrink towards an episode's end, because less time is left. So an episode is compared
     # with others at the same step only.
@@ -142,8 +149,8 @@ def policy_gradient_loss(logprobs, advantages, mask):
     """A scalar whose gradient estimates minus the policy gradient (Eq. 5). Its value means nothing.
 
     logprobs [T, N] of the actions taken, with gradient; advantages G − b [T, N], constants;
-    mask [T, N]. Divided by the number of episodes, not of steps: the number of steps is random and
-    correlated with the sum, so dividing by it would bias the estimate.
+    mask [T, N]. Divided by the number of episodes, not of steps: that is random, and an action
+    would count less in a batch that happens to be long.
     """
     assert not advantages.requires_grad, "advantages must be constants"
     N = logprobs.shape[1]
@@ -171,15 +178,15 @@ def collect(envs, policy, generator, greedy=False):
     rewards_buffer = np.zeros((MAX_STEPS, N), np.float32)
     mask_buffer = np.zeros((MAX_STEPS, N), np.float32)
     device = next(policy.parameters()).device
-    # The Gumbel-max trick: argmax(logits + Gumbel noise) is a sample from softmax(logits), and
-    # minus the logarithm of an exponential random number is Gumbel noise. All of it is made
-    # beforehand: several times faster than a Categorical distribution at every step.
+    # The same as Categorical(logits=logits).sample(), several times faster. The Gumbel-max trick:
+    # argmax(logits + Gumbel noise) is a sample from softmax(logits), and minus the logarithm of an
+    # exponential random number is Gumbel noise. All of it is made beforehand.
     exponential = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
     noise = -exponential.log().to(device)                               # [MAX_STEPS, N, 2]
     obs, _ = envs.reset()
     alive = np.ones(N, bool)
     t = 0
-    with torch.inference_mode():      # acting needs no gradient: update() computes log π with one
+    with torch.inference_mode():      # no gradient here: update() computes log π again, with one
         while alive.any():
             logits = policy(torch.from_numpy(obs).to(device))           # [N, 2]
             if not greedy:
@@ -429,8 +436,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -487,12 +493,9 @@ def open_directory(out, config):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -502,8 +505,7 @@ def start_judge(out, args):
         print(f"{script.name} is not beside this script, so nothing judges the run")
         return
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
 
 
@@ -529,8 +531,7 @@ def main():
     open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    gymnasium=gym.__version__, numpy=np.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     log("REINFORCE · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · {device} · seed {config.seed}")
     log("expect with the default settings: about a second, solved within 250 to 550 episodes"

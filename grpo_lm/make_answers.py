@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
 
@@ -175,6 +176,21 @@ def guess_reward_input(tokenizer):
     return "pair" if tokenizer.sep_token and added[1] > added[0] else "text"
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for 16 more tokens. The library's own layer copies
+    all of them for every new token: long answers take up to three times as long on a CPU."""
+    box = None                                        # 2 × [S, heads, tokens + 16, D]
+
+    def update(self, keys, values, *_, **__):
+        end = self.keys.shape[2] + keys.shape[2]
+        if self.box is None or len(self.box[0]) != len(keys) or self.box[0].shape[2] < end:
+            self.box = [torch.nn.functional.pad(x, (0, 0, 0, 16)) for x in (self.keys, self.values)]
+        for room, new in zip(self.box, (keys, values)):
+            room[:, :, end - new.shape[2]:end] = new
+        self.keys, self.values = [room[:, :, :end] for room in self.box]
+        return self.keys, self.values
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
@@ -192,6 +208,8 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
+    for layer in cache.layers:        # room for the new tokens, far below
+        layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
     mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]

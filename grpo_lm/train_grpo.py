@@ -5,8 +5,8 @@
     python train_grpo.py --preset gpt2                           GPT-2, DeBERTa reward model (hub)
     accelerate launch train_grpo.py                              several processes or GPUs
 
-Expect a win rate of 80 % or more: how often grpo_eval.py, by a score that training never sees,
-prefers an answer of the trained model to one of the model that training started from.
+Expect a win rate of 80 % or more: grpo_eval.py compares answers from before and after training, by
+a score that training never sees.
 
 The algorithm
     repeat
@@ -21,7 +21,7 @@ The equations (README.md derives them)
     Eq. 2   ρ_t = π_θ(y_t|…) / π_old(y_t|…)                π_old: the policy that sampled the answer
     Eq. 3   k3 = exp(−d) − 1 + d,  d = log π_θ − log π_ref     estimates KL(π_θ‖π_ref), in nats
     Eq. 4   loss = −Σ_i Σ_t w_it·( min(ρ_t·A_i, clip(ρ_t, 1 ± ε)·A_i) − β·k3_t )
-            w_it = 1 / (B·|y_i|): the mean over an answer's tokens, then over the B answers
+            w_it = 1 / (B·|y_i|): the mean over an answer's |y_i| tokens, then over the B answers
 
 In the words of lesson 1: a state is the prompt and the answer so far (the "…" of Eq. 2), an action
 is the next token y_t, an episode is a whole answer. The reward comes at its end, from a reward
@@ -30,18 +30,20 @@ share its advantage. π_θ is the language model in training. π_ref, the refere
 of it as it was at the start. The KL divergence says how far π_θ has gone from there. Without that
 term the policy learns to fool the reward model (over-optimisation).
 
-With one gradient step per batch, the default, ρ is 1. The gradient of ρ·A is then A·∇log π: the
-policy gradient of lesson 1. The clip acts from --update-epochs 2 on. An answer is part of its own
-group's mean here: that only shrinks its advantage by 1 − 1/G, for all answers alike.
+With one gradient step per batch, the default, ρ is 1. But π_old is a stored number, so the gradient
+of ρ·A is A·∇log π: the policy gradient of lesson 1. From --update-epochs 2 on, the clip acts: the
+answers came from π_old, and the further π_θ is from it, the less they say about π_θ. GRPO divides
+by the std of the group and by the length of the answer. That makes its gradient less exact than
+that of lesson 1; --scale-rewards none --loss-norm constant (Dr. GRPO) does not divide by them.
 
 New since the SPO lesson: many prompts, a learned reward, the policy's own answers only, and no
 estimate of a value: the mean of the group takes its place.
 Deliberately left out: a critic; top-k and top-p in training (they would change the policy that
-samples); turning the text of an answer back into tokens (they may be others).
+samples); turning the text of an answer back into tokens (which may be different ones).
 
 Sources: GRPO arXiv 2402.03300; its variants DAPO 2503.14476 and Dr. GRPO 2503.20783.
 Shapes: P prompts of T tokens; G answers to each; B = P·G answers of at most L tokens; V vocabulary;
-S answers that are still being written.
+S answers that are still in the model's batch. On several processes B and P are those of one.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -52,12 +54,10 @@ import argparse
 import contextlib
 import copy
 import csv
-import importlib.util
 import io
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -73,6 +73,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
 BREAKS = ("prompt-in-loss", "no-eos-mask", "dropout-on", "no-group-mean", "no-kl", "wrong-kl")
@@ -98,14 +99,14 @@ class Config:
     batch_size: int = hp(256, "B, answers per update. Too low: noisy. Too high: slow", low=2)
     group_size: int = hp(8, "G, answers per prompt. Too low: mean and std are noisy. 4 to 16",
                          low=2)
-    max_new_tokens: int = hp(64, "L, tokens after which an answer is cut off", low=1)
+    max_new_tokens: int = hp(64, "tokens after which an answer is cut off", low=1)
     temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", above=0)
     # The loss
     clip_eps: float = hp(0.2, "ε: beyond 1 ± ε a ratio brings no more gain", above=0)
     scale_rewards: str = hp("group", "divide advantages by the std of the group (GRPO), of the "
                             "batch, or by none (Dr. GRPO)", choices=("group", "batch", "none"))
-    loss_norm: str = hp("sequence", "mean over each answer, then over answers (GRPO); over all "
-                        "tokens (DAPO); by B·max_new_tokens (Dr. GRPO)",
+    loss_norm: str = hp("sequence", "sequence: mean over each answer, then over answers (GRPO); "
+                        "token: over all tokens (DAPO); constant: ÷ B·max_new_tokens",
                         choices=("sequence", "token", "constant"))
     kl: str = hp("k3", "form of the KL term (kl_estimate); reward: subtract it from rewards",
                  choices=("k1", "k2", "k3", "k3-ratio", "reward"))
@@ -287,9 +288,11 @@ def kl_estimate(logprobs, ref_logprobs, ratio, kind):
 
     As a VALUE, d itself (k1) is right on average, but noisy and often negative. k3 adds a term
     whose mean is 0, and is never negative. k2 is only close.
-    As a LOSS, only the gradient counts. Averaged over samples of π_θ, that of k1 is 0, because
-    E[∇log π] = 0. That of k2 is the gradient of the KL, that of k3 comes close to it, and that of
-    k3·ratio is exact again (README.md, section 3). k3 is the default because GRPO's paper has it.
+    As a LOSS, only the gradient counts, and it misses something: θ also changes WHICH tokens are
+    sampled. Averaged over samples of π_θ, the gradient of
+        k1 is 0, because E[∇log π] = 0        k3 is close to that of the KL
+        k2 is that of the KL                  k3 times the ratio of Eq. 2 is that of the KL
+    (README.md, section 3). k3 is the default because GRPO's paper has it.
     Example, a token with π_θ = .5 and π_ref = .25: d = k1 = .69, k2 = .24, k3 = .19
     """
     d = logprobs - ref_logprobs                                         # [B, L]
@@ -368,6 +371,8 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
+    for layer in cache.layers:        # room for the new tokens, far below
+        layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
     mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
@@ -517,9 +522,7 @@ def update(config, accelerator, policy, optimizer, batch):
     for _ in range(config.update_epochs):
         optimizer.zero_grad()
         for number, part in enumerate(parts, 1):
-            # Gradients add up over the parts. Several processes exchange them once, with the last
-            # part, and average them, while our weights divide by the answers of all: hence the
-            # factor. With one process both lines do nothing.
+            # Gradients add up over the parts. Several processes exchange them with the last part
             last = number == len(parts)
             with contextlib.nullcontext() if last else accelerator.no_sync(policy):
                 with accelerator.autocast():
@@ -527,6 +530,7 @@ def update(config, accelerator, policy, optimizer, batch):
                 loss, *terms = grpo_loss(logprobs, part["old_logprobs"], part["ref_logprobs"],
                                          part["advantages"], part["weights"], config.clip_eps,
                                          kl_coef, kl)
+                # Processes are averaged, but our weights divide by the answers of all
                 accelerator.backward(loss * processes)
             sums += torch.stack(terms).detach()
         grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
@@ -583,8 +587,8 @@ def train(config, out, accelerator, log=print, bar=False):
     prompts = load_prompts(config, policy, tokenizer)
     # Before a checkpoint is loaded: the reference is where the run has STARTED
     reference = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
-    # Adam remembers the size of the gradients for some 20 steps (second beta .95): a run has 40. No
-    # weight decay, which would pull the weights to 0: the KL term holds the policy
+    # Adam remembers the size of the gradients for some 20 steps (second beta .95); the usual .999
+    # would be 1,000, and a run has 40. No weight decay to 0: the KL term holds the policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0)
     state = load_checkpoint(out, policy, optimizer, accelerator.num_processes)
@@ -611,7 +615,6 @@ def train(config, out, accelerator, log=print, bar=False):
         state["rows"].append(row)
         state["clock"].append(dict(update=number, seconds=end - start,
                                    sampling_seconds=sampled - start))
-        accelerator.log(row, step=number)
         log(table_line(row | state["clock"][-1], left=config.updates - number))
         if number == 1 or number % 10 == 0:
             show_answers(log, asked[0], texts[:config.group_size], batch["rewards"])
@@ -721,6 +724,21 @@ def read_prompts(path):
     return prompts
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for 16 more tokens. The library's own layer copies
+    all of them for every new token: long answers take up to three times as long on a CPU."""
+    box = None                                        # 2 × [S, heads, tokens + 16, D]
+
+    def update(self, keys, values, *_, **__):
+        end = self.keys.shape[2] + keys.shape[2]
+        if self.box is None or len(self.box[0]) != len(keys) or self.box[0].shape[2] < end:
+            self.box = [torch.nn.functional.pad(x, (0, 0, 0, 16)) for x in (self.keys, self.values)]
+        for room, new in zip(self.box, (keys, values)):
+            room[:, :, end - new.shape[2]:end] = new
+        self.keys, self.values = [room[:, :, :end] for room in self.box]
+        return self.keys, self.values
+
+
 # ---- what the console and the files show ------------------------------------------------------
 
 # (key in the row, heading, format); a row may lack a key
@@ -812,12 +830,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-        before = state["processes"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if before != processes:
-        fail(f"--resume {out}: that run has {before} processes and this one {processes}; its "
-             "prompts would be other ones")
+    if state.get("processes") != processes:
+        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
+             f"{processes}; its prompts would be other ones")
     return state
 
 
@@ -834,8 +851,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -875,7 +891,6 @@ def parse_args():
     files.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
-    files.add_argument("--log-with", choices=("tensorboard", "wandb"), help="log there too")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                          help="auto: a GPU if there is one")
@@ -883,8 +898,6 @@ def parse_args():
     machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
-    if args.log_with and not importlib.util.find_spec(args.log_with):
-        fail(f"--log-with {args.log_with}: its package is missing; pip install {args.log_with}")
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not has.get(args.device, True):
         fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
@@ -915,8 +928,8 @@ def new_run(given, args):
 def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.preset:
-        fail("--resume takes everything from the run's directory; beside it only --device, --quiet "
-             "and --log-with may be given")
+        fail("--resume takes everything from the run's directory; beside it only --device and "
+             "--quiet may be given")
     args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
     try:
         config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
@@ -948,12 +961,10 @@ def open_directory(out, config):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f)] if f.type is bool else [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    words = [word.removesuffix(" True") for word in words]    # flags without a value
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -964,16 +975,8 @@ def start_judge(out, args):
         print(f"{script.name} is not beside this script, so nothing judges the run")
         return
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
-
-
-def interrupted(out):
-    """Says after Ctrl-C how to go on; exit status 130."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
-    print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
-    raise SystemExit(130)
 
 
 def main():
@@ -986,8 +989,7 @@ def main():
     transformers.logging.disable_progress_bar()
     # bf16 arithmetic on CUDA, but not for the small models
     half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
-    accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.log_with,
-                              project_dir=args.out or HERE / "runs",
+    accelerator = Accelerator(cpu=args.device == "cpu",
                               mixed_precision="bf16" if half else "no")
     processes = accelerator.num_processes
     if config.batch_size // config.group_size % processes:
@@ -998,13 +1000,10 @@ def main():
     if accelerator.is_main_process and not args.resume:
         open_directory(out, config)
     accelerator.wait_for_everyone()
-    if args.log_with:
-        accelerator.init_trackers("grpo_lm", asdict(config))
 
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    transformers=transformers.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     log("GRPO · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · {accelerator.device} × {processes} · seed {config.seed}")
     log("expect with the default settings: about a minute, and a win rate of 80 % or more"
@@ -1015,7 +1014,9 @@ def main():
     except FloatingPointError as problem:
         fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
-        interrupted(out)
+        words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
+        print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
+        raise SystemExit(130)
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")

@@ -145,10 +145,12 @@ def sample_tokens(logprobs, generator):
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
-    """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
+def sample_answers(model, prompt_ids, prompt_mask, group_size, max_tokens, heat, ends, generator):
+    """The trainer's generate(), without its RoomyLayer: the same answers, a little slower.
 
-    Temperature 0: always the most likely token (a greedy answer).
+    G answers to each prompt, sampled from softmax(logits / heat): no top-k, no top-p.
+
+    heat: the temperature; 0: always the most likely token (a greedy answer).
     prompt_ids, prompt_mask [P, T]; ends: the ids that end an answer.
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
@@ -179,8 +181,8 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     rows = torch.arange(B, device=device)                               # [S]: answers in the batch
     finished = torch.zeros(B, dtype=torch.bool, device=device)          # [S]: have they ended?
     for t in range(max_tokens):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)            # [S, V]
-        token = sample_tokens(logp, generator) if temperature else logp.argmax(dim=-1)      # [S]
+        logp = (logits.float() / (heat or 1.0)).log_softmax(dim=-1)            # [S, V]
+        token = sample_tokens(logp, generator) if heat else logp.argmax(dim=-1)      # [S]
         completion_ids[rows, t] = token
         logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
         finished = finished | torch.isin(token, ends)
@@ -256,7 +258,7 @@ def solve(config, model, tokenizer, problems, samples, temperature, seed):
         ids, mask = prompt_tokens(tokenizer, prompts[start:start + at_once])          # [P', T]
         if ids.shape[1] + config.max_new_tokens > context:
             fail(f"{ids.shape[1]} tokens and --max-new-tokens exceed the context of {context}")
-        completion_ids, completion_mask, logprobs = generate(
+        completion_ids, completion_mask, logprobs = sample_answers(
             model, ids.to(model.device), mask.to(model.device), samples, config.max_new_tokens,
             temperature, end_tokens(model, tokenizer), generator)       # [P'·samples, L]
         length = completion_mask.sum(dim=1)

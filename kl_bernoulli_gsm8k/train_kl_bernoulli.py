@@ -56,12 +56,10 @@ answers in one row.
 import argparse
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -81,6 +79,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("kl_batch", "kl_correct", "fixed_half", "dr_grpo")
@@ -390,6 +389,8 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
+    for layer in cache.layers:        # room for the new tokens, far below
+        layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
     mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
@@ -613,7 +614,7 @@ def train(config, out, accelerator, log=print, bar=False):
     model = accelerator.unwrap_model(policy)          # sampling needs no exchange between processes
     if not state["tests"]:
         greedy_test(config, accelerator, model, tokenizer, tests, state, out)
-    log(f"{model.num_parameters():,} parameters · {len(problems):,} problems · greedy accuracy "
+    log(f"{model.num_parameters():,} parameters · {len(problems)} problems · greedy accuracy "
         f"before training {state['tests'][0]['greedy_accuracy']:.1%}")
     log(table_line())
     for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
@@ -637,7 +638,6 @@ def train(config, out, accelerator, log=print, bar=False):
         due = number % config.eval_every == 0 or number == config.updates
         if due:
             row = row | greedy_test(config, accelerator, model, tokenizer, tests, state, out)
-        accelerator.log(row, step=number)
         log(table_line(row | state["clock"][-1], left=config.updates - number))
         show_answer(log, terms, asked[0], texts[0], shown=due or number == 1)
         if due and accelerator.is_main_process:
@@ -768,6 +768,21 @@ def check_context(model, tokenizer, problems, config):
              f"{config.max_new_tokens} exceed the model's context of {context}")
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for 16 more tokens. The library's own layer copies
+    all of them for every new token: long answers take up to three times as long on a CPU."""
+    box = None                                        # 2 × [S, heads, tokens + 16, D]
+
+    def update(self, keys, values, *_, **__):
+        end = self.keys.shape[2] + keys.shape[2]
+        if self.box is None or len(self.box[0]) != len(keys) or self.box[0].shape[2] < end:
+            self.box = [torch.nn.functional.pad(x, (0, 0, 0, 16)) for x in (self.keys, self.values)]
+        for room, new in zip(self.box, (keys, values)):
+            room[:, :, end - new.shape[2]:end] = new
+        self.keys, self.values = [room[:, :, :end] for room in self.box]
+        return self.keys, self.values
+
+
 # ---- what the console and the files show ------------------------------------------------------
 
 # (key in the row, heading, format); a row may lack a key
@@ -851,12 +866,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-        before = state["processes"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if before != processes:
-        fail(f"--resume {out}: that run has {before} processes and this one {processes}; its "
-             "problems would be other ones")
+    if state.get("processes") != processes:
+        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
+             f"{processes}; its problems would be other ones")
     return state
 
 
@@ -873,8 +887,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -913,7 +926,6 @@ def parse_args():
     files.add_argument("--full-size", action="store_true", help="the thesis's model, data, sizes")
     files.add_argument("--out", type=Path, help="the run's directory (runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
-    files.add_argument("--log-with", choices=("tensorboard", "wandb"), help="log there too")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                          help="auto: a GPU if there is one")
@@ -921,8 +933,6 @@ def parse_args():
     machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
-    if args.log_with and not importlib.util.find_spec(args.log_with):
-        fail(f"--log-with {args.log_with}: its package is missing; pip install {args.log_with}")
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not has.get(args.device, True):
         fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
@@ -951,8 +961,8 @@ def new_run(given, args):
 def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.preset or args.full_size:
-        fail("--resume takes everything from the run's directory; beside it only --device, --quiet "
-             "and --log-with may be given")
+        fail("--resume takes everything from the run's directory; beside it only --device and "
+             "--quiet may be given")
     args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
     try:
         config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
@@ -983,12 +993,10 @@ def open_directory(out):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f)] if f.type is bool else [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    words = [word.removesuffix(" True") for word in words]    # flags without a value
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -999,16 +1007,8 @@ def start_judge(out, args):
         print(f"{script.name} is not beside this script, so nothing judges the run")
         return
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
-
-
-def interrupted(out):
-    """Says after Ctrl-C how to go on; exit status 130."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
-    print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
-    raise SystemExit(130)
 
 
 def main():
@@ -1021,8 +1021,7 @@ def main():
     transformers.logging.disable_progress_bar()
     # bf16 arithmetic on CUDA, but not for the small models
     half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
-    accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.log_with,
-                              project_dir=args.out or HERE / "runs",
+    accelerator = Accelerator(cpu=args.device == "cpu",
                               mixed_precision="bf16" if half else "no")
     processes = accelerator.num_processes
     if config.batch_size // config.group_size % processes:
@@ -1033,13 +1032,10 @@ def main():
     if accelerator.is_main_process and not args.resume:
         open_directory(out)
     accelerator.wait_for_everyone()
-    if args.log_with:
-        accelerator.init_trackers("kl_bernoulli_gsm8k", asdict(config))
 
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    transformers=transformers.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     log("Bernoulli KL · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · {accelerator.device} × {processes} · {config.method} · seed {config.seed}")
     log("expect with the default settings: 6 minutes, and greedily 55 % or more of new problems"
@@ -1050,7 +1046,9 @@ def main():
     except FloatingPointError as problem:
         fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
-        interrupted(out)
+        words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
+        print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
+        raise SystemExit(130)
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")

@@ -51,7 +51,6 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -592,8 +591,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -686,12 +684,9 @@ def open_directory(out, config):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -709,13 +704,6 @@ def start_judge(out, args):
         raise SystemExit(status)
 
 
-def interrupted(out):
-    """Says after Ctrl-C how to go on; exit status 130."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
-    print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
-    raise SystemExit(130)
-
-
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -730,8 +718,7 @@ def main():
         open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else tqdm.write
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    gymnasium=gym.__version__, numpy=np.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     log("PPO · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · {device} · seed {config.seed}")
     log("expect with the default settings: about a minute, and a greedy return of 280"
@@ -742,7 +729,9 @@ def main():
     except FloatingPointError as problem:
         fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
-        interrupted(out)
+        words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
+        print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
+        raise SystemExit(130)
     about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
     write(out / "train.json", json.dumps(about, indent=1) + "\n")
     log(f"weights and tables are in {out}")

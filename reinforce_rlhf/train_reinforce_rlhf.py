@@ -52,7 +52,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -70,6 +69,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
 PART_1 = "reward_model_run/reward_model"      # the reward model that train_reward_model.py makes
@@ -167,7 +167,7 @@ def load_reward_model(name, level, device="cpu"):
     model, tokenizer = load_model(AutoModelForSequenceClassification, name)
     needed = 1 if level == 1 else 10
     if model.config.num_labels != needed:
-        fail(f"reward model {name} has {model.config.num_labels} logits, and --level {level} needs "
+        fail(f"reward model {name} has {model.config.num_labels} logits, and this --level needs "
              f"{needed}; give the other --level, or another reward model")
     set_pooling(model, tokenizer)
     return model.requires_grad_(False).eval().to(device), tokenizer
@@ -373,6 +373,8 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
                   use_cache=True, logits_to_keep=1)
     cache = start.past_key_values
     cache.batch_repeat_interleave(group_size)
+    for layer in cache.layers:        # room for the new tokens, far below
+        layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
     logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
     mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
     position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
@@ -539,8 +541,7 @@ def update(config, accelerator, policy, optimizer, batch):
                                   config.gamma, answers)
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
-    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    grad_norm = float(grad_norm)
+    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
     if not math.isfinite(grad_norm):                  # before it can touch the weights
         raise FloatingPointError("the gradient is not finite")
     optimizer.step()
@@ -581,7 +582,7 @@ def train(config, out, accelerator, log=print, bar=False):
     if state["baseline"] is None:
         state["baseline"] = first_baseline(config, accelerator, model, reference, tokenizer, judge,
                                            prompts)
-    log(f"{model.num_parameters():,} parameters · {len(prompts)} prompts")
+    log(f"{model.num_parameters()} parameters · {len(prompts)} prompts")
     log(table_line())
     for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
                        total=config.updates, disable=not bar, unit="update", leave=False):
@@ -693,8 +694,7 @@ def start_reward_model(config, directory, args):
     for name in ("level", "seed", "model", "dataset", "max_length", "config"):
         value = getattr(config, name)
         command += [f"--{name.replace('_', '-')}", str(value)] * (value != "")
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
 
 
@@ -718,6 +718,21 @@ def random_model(kind):
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return kind.from_config(config), tokenizer
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for 16 more tokens. The library's own layer copies
+    all of them for every new token: long answers take up to three times as long on a CPU."""
+    box = None                                        # 2 × [S, heads, tokens + 16, D]
+
+    def update(self, keys, values, *_, **__):
+        end = self.keys.shape[2] + keys.shape[2]
+        if self.box is None or len(self.box[0]) != len(keys) or self.box[0].shape[2] < end:
+            self.box = [torch.nn.functional.pad(x, (0, 0, 0, 16)) for x in (self.keys, self.values)]
+        for room, new in zip(self.box, (keys, values)):
+            room[:, :, end - new.shape[2]:end] = new
+        self.keys, self.values = [room[:, :, :end] for room in self.box]
+        return self.keys, self.values
 
 
 # ---- what the console and the files show ------------------------------------------------------
@@ -810,12 +825,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-        before = state["processes"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if before != processes:
-        fail(f"--resume {out}: that run has {before} processes and this one {processes}; its "
-             "prompts would be other ones")
+    if state.get("processes") != processes:
+        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
+             f"{processes}; its prompts would be other ones")
     return state
 
 
@@ -832,8 +846,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -967,12 +980,9 @@ def open_directory(out, config):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f)] if f.type is bool else [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -983,16 +993,8 @@ def start_judge(out, args):
         print(f"{script.name} is not beside this script, so nothing judges the run")
         return
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
-
-
-def interrupted(out):
-    """Says after Ctrl-C how to go on; exit status 130."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
-    print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
-    raise SystemExit(130)
 
 
 def main():
@@ -1019,8 +1021,7 @@ def main():
         open_directory(out, config)
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    transformers=transformers.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     log("REINFORCE · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · {accelerator.device} × {processes} · seed {config.seed}")
     log("expect with the default settings: 6 minutes, and a win rate above 80 %"
@@ -1037,7 +1038,9 @@ def main():
     except FloatingPointError as problem:
         fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
-        interrupted(out)
+        words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
+        print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
+        raise SystemExit(130)
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")

@@ -44,7 +44,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -554,8 +553,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -646,12 +644,9 @@ def make_directory(out, config):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f)] if f.type is bool else [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -662,8 +657,7 @@ def start_judge(out, args):
         print(f"{script.name} is not beside this script, so nothing judges the run")
         return
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
 
 
@@ -678,8 +672,7 @@ def main():
     out = args.out or HERE / "runs" / name
     make_directory(out, config)
     log = (lambda text: None) if args.quiet else tqdm.write
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    transformers=transformers.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     log("reward model · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · {args.device} · level {config.level}, seed {config.seed}")
     log("expect with the default settings: 3 minutes, and 80 % of the held-out pairs or more"

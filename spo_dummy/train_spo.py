@@ -61,7 +61,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -798,12 +797,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-        before = state["processes"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if before != processes:
-        fail(f"--resume {out}: that run has {before} processes and this one {processes}; its "
-             "answers would be other ones")
+    if state.get("processes") != processes:
+        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
+             f"{processes}; its answers would be other ones")
     return state
 
 
@@ -820,8 +818,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -928,12 +925,9 @@ def open_directory(out, config):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f)] if f.type is bool else [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -945,16 +939,8 @@ def start_judge(out, args):
         return
     sys.stdout.flush()                # else a pipe would show the judge's lines before ours
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
-
-
-def interrupted(out):
-    """Says after Ctrl-C how to go on; exit status 130."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
-    print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
-    raise SystemExit(130)
 
 
 def main():
@@ -982,8 +968,7 @@ def main():
 
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    transformers=transformers.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     log("SPO · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · {accelerator.device} × {processes} · seed {config.seed}")
     log("expect with the default settings: under a minute, and a distance (TV) to π* below 0.05"
@@ -995,7 +980,9 @@ def main():
         fail(f"{problem}; start again with a lower --lr or a higher --beta. What is in {out} is "
              "intact")
     except KeyboardInterrupt:
-        interrupted(out)
+        words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
+        print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
+        raise SystemExit(130)
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")

@@ -54,7 +54,6 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -653,8 +652,7 @@ def check(config):
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
-            names = ", ".join(str(choice) for choice in rule["choices"] if choice != "")
-            fail(f"{flag_of(f)} must be one of {names}, not {value}")
+            fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
         if f.type in (int, float):
             low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
             high = rule.get("high", math.inf)
@@ -708,12 +706,9 @@ def open_directory(out, config):
 
 def command_of(config):
     """The command line that makes a run of this configuration."""
-    words = ["python", Path(__file__).name]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            words += [flag_of(f), shlex.quote(str(value))]
-    return " ".join(words)
+    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
+    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
+    return " ".join(["python", Path(__file__).name, *words])
 
 
 def start_judge(out, args):
@@ -723,8 +718,7 @@ def start_judge(out, args):
         print(f"{script.name} is not beside this script, so nothing judges the run")
         return
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         raise SystemExit(status)
 
 
@@ -749,8 +743,7 @@ def main():
     open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else tqdm.write
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    gymnasium=gym.__version__, numpy=np.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     log("self-play · " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f" · cpu · seed {config.seed}")
     log("expect with the default settings: about a minute, and no losing line after a fifth of it"
