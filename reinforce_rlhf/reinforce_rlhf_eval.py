@@ -248,7 +248,7 @@ def open_run(out):
         with (out / "metrics.csv").open(encoding="utf8") as file:
             return config, train, list(csv.DictReader(file))
     except (OSError, ValueError, KeyError):
-        fail(f"--run {out} is not the directory of a finished run of train_grpo.py")
+        fail(f"--run {out} is not the directory of a finished run of one of the trainers")
 
 
 def next_step(out, train):

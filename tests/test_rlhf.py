@@ -1217,7 +1217,7 @@ def test_reward_trainer_refuses_bad_values(arguments, words, tmp_path):
 
 def test_trainer_refuses_what_cannot_serve(judges, tiny, tmp_path):
     refused = lambda *arguments: call(train, *tiny, *arguments, "--out", tmp_path / f"o{len(list(tmp_path.iterdir()))}")
-    assert_one_line_error(refused("--level", "2"), "1 logits", "--level 2 needs 10")
+    assert_one_line_error(refused("--level", "2"), "1 logits", "this --level needs 10")
     assert_one_line_error(refused("--reward-model", FOLDER / "weights" / "sft"), "2 logits")
     assert_one_line_error(refused("--max-length", "14"), "no prompt", "--max-length")
     assert_one_line_error(refused("--max-length", "300"), "--max-length", "context")
