@@ -42,7 +42,6 @@ Shapes: T time steps; N episodes played side by side, one per environment.
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6"]
 # ///
 import argparse
-import csv
 import io
 import json
 import math
@@ -398,13 +397,11 @@ def write(path, content):
 def write_table(path, rows):
     """Rows as CSV, six significant digits; a row may lack columns that others have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    lines = [names]
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, text.getvalue())
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def save(path, weights):
@@ -491,22 +488,13 @@ def open_directory(out, config):
         fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
 
 
-def command_of(config):
-    """The command line that makes a run of this configuration."""
-    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
-    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
-    return " ".join(["python", Path(__file__).name, *words])
-
-
 def start_judge(out, args):
     """Starts the eval script on the run: it writes eval.json and curve.png, prints the verdict."""
     script = HERE / "cartpole_eval.py"
     if not script.exists():
-        print(f"{script.name} is not beside this script, so nothing judges the run")
-        return
+        return print(f"{script.name} is not beside this script, so nothing judges the run")
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
+    raise SystemExit(subprocess.run(command).returncode)
 
 
 def interrupted(out):
@@ -519,9 +507,6 @@ def interrupted(out):
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know α
     given, args = parse_args()
     config = new_run(given, args)
     torch.set_num_threads(1)          # a network this small is faster on one core than on two
@@ -531,9 +516,8 @@ def main():
     open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
-    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-    log("REINFORCE · " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" · {device} · seed {config.seed}")
+    versions = f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}"
+    log(f"REINFORCE · {versions} · {device} · seed {config.seed}")
     log("expect with the default settings: about a second, solved within 250 to 550 episodes"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
@@ -542,7 +526,8 @@ def main():
         fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
         interrupted(out)
-    about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+    about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+                 seed=config.seed, versions=versions, result=result)
     write(out / "train.json", json.dumps(about, indent=1) + "\n")
     log(f"weights and tables are in {out}")
     if not args.smoke:
@@ -550,8 +535,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

@@ -86,9 +86,14 @@ def load_world():
 
 
 def read_answers(path, world):
-    """The rows of a file of answers (JSON Lines), each with its gold score."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
-    return [row | dict(gold=gold_score(world, row["prompt"], row["text"])) for row in rows]
+    """The rows of a file of answers (JSON Lines), each with its gold score.
+
+    Gold speaks about answers of the shipped world's own models; None for those of others.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
+    golds = [gold_score(world, row["prompt"], row["text"]) if row.get("world", True) else None
+             for row in rows]
+    return [row | dict(gold=gold) for row, gold in zip(rows, golds)]
 
 
 # ---- base against trained -----------------------------------------------------------------------
@@ -269,8 +274,7 @@ def start_answers(flags):
     script = HERE / "make_answers.py"
     if not script.exists():
         fail(f"{script.name} is not beside this script, and it samples the answers")
-    status = subprocess.run([sys.executable, str(script), *map(str, flags)]).returncode
-    if status:
+    if status := subprocess.run([sys.executable, str(script), *map(str, flags)]).returncode:
         raise SystemExit(status)
 
 
@@ -292,6 +296,8 @@ def parse_args():
     judging = parser.add_argument_group("judging")
     judging.add_argument("--prompts", type=Path, metavar="FILE",
                          help="one per line (default: the held-out ones)")
+    judging.add_argument("--reward-model", metavar="DIR",
+                         help="score with this one, a second judge (default: the run's)")
     judging.add_argument("--samples", type=int, metavar="N",
                          help="answers per prompt and model (default 16, with --run 8)")
     judging.add_argument("--seed", type=int, help="of the answers (default 0, with --run its own)")
@@ -314,9 +320,6 @@ def parse_args():
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know "…"
     args = parse_args()
     if args.chat:
         return start_answers(["--weights", args.weights, "--chat", "--seed", args.seed or 0,
@@ -336,7 +339,9 @@ def main():
             write(path, made_up_answers(samples))
         else:
             flags = ["--weights", weights, "--samples", samples, "--seed", seed, "--out", path]
-            start_answers(flags + (["--prompts", args.prompts] if args.prompts else []))
+            flags += ["--prompts", args.prompts] if args.prompts else []
+            flags += ["--reward-model", args.reward_model] if args.reward_model else []
+            start_answers(flags)
         rows = read_answers(path, world)
     base = [row for row in rows if row["model"] == "base"]
     trained = [row for row in rows if row["model"] == "trained"]
@@ -354,10 +359,12 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except KeyboardInterrupt:
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 
@@ -89,19 +90,20 @@ def prompt_tokens(tokenizer, prompts):
 
     Padded on the LEFT, so that all answers begin in the same column.
     """
+    end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        rows = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-                for chat in chats]
+        rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     else:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    T = max(len(row) for row in rows)
-    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
-    # be the end token, which also occurs as a real one
-    pad = tokenizer.eos_token_id
-    ids = [[pad] * (T - len(row)) + row for row in rows]
-    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+        # Some tokenizers close each text with the end token; an answer would come after the end
+        rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
+    # Any token can pad, also the end token. The mask comes from lengths, not from `ids != end`: the
+    # end token also occurs as a real one
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
+    mask = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(mask, batch_first=True, padding_side="left")
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
@@ -122,8 +124,7 @@ def reward_scores(model, tokenizer, prompts, answers, kind, size=64):
     """
     if kind == "auto":
         kind = guess_reward_input(tokenizer)
-    longest = min(tokenizer.model_max_length,
-                  getattr(model.config, "max_position_embeddings", None) or 512)
+    longest = min(tokenizer.model_max_length, context_of(model))
     # Answers of similar length together: less padding
     order = sorted(range(len(answers)), key=lambda k: len(answers[k]))
     scores = torch.empty(len(answers))
@@ -147,10 +148,11 @@ def reward_scores(model, tokenizer, prompts, answers, kind, size=64):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer; a model may have several."""
-    others = getattr(model.generation_config, "eos_token_id", None) or []
-    others = others if isinstance(others, list) else [others]
-    return sorted({tokenizer.eos_token_id, *others})
+    """Ids that end an answer: a model may name several, and its chat format may use one more."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *named} - {None}
+    return sorted(end for end in ends if 0 <= end < model.config.vocab_size)
 
 
 def sample_tokens(logprobs, generator):
@@ -312,11 +314,37 @@ def load_model(kind, name):
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def context_of(model):
+    """How many tokens a model can read; a million where its configuration sets no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        # RoBERTa and its like number places from 2 on (padding_idx + 1), so 514 rows hold 512
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            limit = module.num_embeddings - module.padding_idx - 1
+    return limit if limit > 0 else 10**6
 
 
 def random_model(kind):
@@ -330,13 +358,10 @@ def random_model(kind):
 
 def read_prompts(path):
     """The lines of a text file that are not empty."""
-    try:
-        lines = Path(path).read_text(encoding="utf8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        fail(f"prompt file {path} cannot be read or is empty; it needs one prompt per line")
+        fail(f"prompt file {path} is empty; it needs one prompt per line")
     return prompts
 
 
@@ -384,9 +409,9 @@ def load_both(path, config):
     return policy.eval(), reference.eval(), tokenizer
 
 
-def load_judge(config):
-    """(the run's reward model, its tokenizer)."""
-    name = config.get("reward_model") or HERE / "weights" / "reward_model"
+def load_judge(name, config):
+    """(reward model, its tokenizer)."""
+    name = name or HERE / "weights" / "reward_model"
     if config["model"] == "random":
         name = "random"
     model, tokenizer = load_model(AutoModelForSequenceClassification, name)
@@ -419,6 +444,8 @@ def parse_args():
     answers.add_argument("--out", type=Path, metavar="FILE", help="where the answers go")
     answers.add_argument("--prompts", type=Path, metavar="FILE",
                          help="one per line (default: the held-out ones)")
+    answers.add_argument("--reward-model", metavar="DIR", help="score with this one, a second "
+                         "judge (default: the run's)")
     answers.add_argument("--samples", type=int, default=16, help="answers per prompt (default 16)")
     answers.add_argument("--seed", type=int, default=0, help="of the answers (default 0)")
     talk = parser.add_argument_group("chat")
@@ -438,9 +465,6 @@ def parse_args():
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know "…"
     args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -451,11 +475,13 @@ def main():
     prompts = prompts_of(config, args.prompts)
     if not fits(policy, prompt_tokens(tokenizer, prompts)[0], config):
         fail("the longest prompt and an answer exceed the model's context; give shorter prompts")
-    judge, lines = load_judge(config), []
+    judge, lines = load_judge(args.reward_model or config.get("reward_model"), config), []
+    start = Path(config["model"] or HERE / "weights" / "base")
+    own = start.resolve() == HERE / "weights" / "base"    # a model of the shipped world
     for name, model in (("base", reference), ("trained", policy)):
         rows = answers_of(model, reference, tokenizer, judge, prompts, args.samples, config,
                           args.seed)
-        lines += [json.dumps(dict(model=name) | row) + "\n" for row in rows]
+        lines += [json.dumps(dict(model=name, world=own) | row) + "\n" for row in rows]
     if not args.out:
         return print("".join(lines), end="")
     try:
@@ -465,10 +491,12 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except KeyboardInterrupt:
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

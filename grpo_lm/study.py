@@ -157,7 +157,7 @@ def answers_along(policies, samples):
     """[(update, answers with gold)]: first of the model that training started from (update 0)."""
     path, config = make_answers.find_policy(str(policies[0]))
     _, reference, tokenizer = make_answers.load_both(path, config)
-    judge, world = make_answers.load_judge(config), grpo_eval.load_world()
+    judge, world = make_answers.load_judge(config.get("reward_model"), config), grpo_eval.load_world()
     prompts, found = make_answers.prompts_of(config), []
     for directory in tqdm([None, *policies], disable=not sys.stderr.isatty(), unit="policy"):
         model, number = reference, 0

@@ -53,11 +53,11 @@ S answers that are still in the model's batch. On several processes B and P are 
 import argparse
 import contextlib
 import copy
-import csv
-import io
 import json
 import math
+import operator
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -71,6 +71,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
@@ -93,7 +94,8 @@ class Config:
     reward_input: str = hp("auto", "what the reward model reads: two texts, a chat, or one text; "
                            "auto asks its tokenizer", choices=("auto", "pair", "chat", "text"))
     prompt: str = hp("", "train on this one prompt")
-    prompts: str = hp("", "file with one prompt per line (default: weights/prompts_train.txt)")
+    prompts: str = hp("", "file with one prompt per line, instead of --prompt (default: "
+                      "weights/prompts_train.txt)")
     # Sampling
     updates: int = hp(40, "batches of answers. Too many: reward rises, real quality falls", low=1)
     batch_size: int = hp(256, "B, answers per update. Too low: noisy. Too high: slow", low=2)
@@ -126,9 +128,11 @@ class Config:
                      choices=("", *BREAKS))
 
 
+EXERCISE = dict(prompt="Explain why regular exercise is important.", batch_size=8, updates=50,
+                lr=1e-5, kl_coef=0.1)
 PRESETS = {"gpt2": dict(model="gpt2", reward_model="OpenAssistant/reward-model-deberta-v3-large",
-                        prompt="Explain why regular exercise is important.", batch_size=8,
-                        lr=1e-5, updates=50, kl_coef=0.1)}
+                        **EXERCISE),
+           "smollm2": dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", **EXERCISE)}
 
 
 # ---- the task: a policy, prompts, rewards -------------------------------------------------------
@@ -136,9 +140,6 @@ PRESETS = {"gpt2": dict(model="gpt2", reward_model="OpenAssistant/reward-model-d
 def load_policy(config):
     """(model, tokenizer) that training starts from: in fp32, without dropout."""
     model, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "base")
-    if tokenizer.eos_token_id is None:
-        fail(f"model {config.model}: its tokenizer has no end-of-sequence token, so an answer "
-             "would have no end; choose another one")
     # The policy that samples and the one that is trained must be the same function, else the
     # ratio of Eq. 2 is not 1 at the start. eval() is not enough: gradient checkpointing works in
     # training mode only, and there dropout would come back
@@ -146,7 +147,8 @@ def load_policy(config):
         remove_dropout(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
-    return model.eval(), tokenizer
+    check_policy(model.eval(), tokenizer, config.model)
+    return model, tokenizer
 
 
 def remove_dropout(model):
@@ -158,19 +160,20 @@ def remove_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def load_prompts(config, policy, tokenizer):
-    """The training prompts; an error if a prompt and its answer would not fit into the context."""
+def load_prompts(config, policy, tokenizer, judge):
+    """The training prompts; an error if a prompt and its answer would not fit into a context."""
     if config.model == "random":
         prompts = ["What is sleep?", "Tell me about music.", "Describe gravity."]
-    elif config.prompt:
+    elif config.prompt and not config.prompts:
         prompts = [config.prompt]
     else:
         prompts = read_prompts(config.prompts or HERE / "weights" / "prompts_train.txt")
-    context = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    longest = prompt_tokens(tokenizer, prompts)[0].shape[1]
-    if longest + config.max_new_tokens > context:
-        fail(f"the longest prompt has {longest} tokens; with an answer of {config.max_new_tokens} "
-             f"(--max-new-tokens) it exceeds the model's context of {context}")
+    asked = prompt_tokens(tokenizer, prompts)[0].shape[1]               # the longest, in tokens
+    judged = max(len(judge[1](prompt)["input_ids"]) for prompt in prompts)
+    for model, longest in ((policy, asked), (judge[0], judged)):
+        if longest + config.max_new_tokens > context_of(model):
+            fail(f"the longest prompt has {longest} tokens; with an answer of --max-new-tokens "
+                 f"{config.max_new_tokens} it exceeds the model's context of {context_of(model)}")
     return prompts
 
 
@@ -179,19 +182,20 @@ def prompt_tokens(tokenizer, prompts):
 
     Padded on the LEFT, so that all answers begin in the same column.
     """
+    end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        rows = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-                for chat in chats]
+        rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     else:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    T = max(len(row) for row in rows)
-    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
-    # be the end token, which also occurs as a real one
-    pad = tokenizer.eos_token_id
-    ids = [[pad] * (T - len(row)) + row for row in rows]
-    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+        # Some tokenizers close each text with the end token; an answer would come after the end
+        rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
+    # Any token can pad, also the end token. The mask comes from lengths, not from `ids != end`: the
+    # end token also occurs as a real one
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
+    mask = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(mask, batch_first=True, padding_side="left")
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
@@ -212,8 +216,7 @@ def reward_scores(model, tokenizer, prompts, answers, kind, size=64):
     """
     if kind == "auto":
         kind = guess_reward_input(tokenizer)
-    longest = min(tokenizer.model_max_length,
-                  getattr(model.config, "max_position_embeddings", None) or 512)
+    longest = min(tokenizer.model_max_length, context_of(model))
     # Answers of similar length together: less padding
     order = sorted(range(len(answers)), key=lambda k: len(answers[k]))
     scores = torch.empty(len(answers))
@@ -333,10 +336,11 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, clip_ep
 # ---- sampling answers -------------------------------------------------------------------------
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer; a model may have several."""
-    others = getattr(model.generation_config, "eos_token_id", None) or []
-    others = others if isinstance(others, list) else [others]
-    return sorted({tokenizer.eos_token_id, *others})
+    """Ids that end an answer: a model may name several, and its chat format may use one more."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *named} - {None}
+    return sorted(end for end in ends if 0 <= end < model.config.vocab_size)
 
 
 def sample_tokens(logprobs, generator):
@@ -584,7 +588,7 @@ def train(config, out, accelerator, log=print, bar=False):
     policy, tokenizer = load_policy(config)
     judge = load_reward_model(config)
     judge[0].to(accelerator.device)
-    prompts = load_prompts(config, policy, tokenizer)
+    prompts = load_prompts(config, policy, tokenizer, judge)
     # Before a checkpoint is loaded: the reference is where the run has STARTED
     reference = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
     # Adam remembers the size of the gradients for some 20 steps (second beta .95); the usual .999
@@ -674,20 +678,21 @@ def describe(config, accelerator, batch):
 def load_reward_model(config):
     """(frozen classifier with one logit, its tokenizer)."""
     name = config.reward_model or HERE / "weights" / "reward_model"
-    if config.model == "random":
-        name = "random"
-    model, tokenizer = load_model(AutoModelForSequenceClassification, name)
-    if model.config.num_labels != 1:
-        fail(f"reward model {name} has {model.config.num_labels} logits; a reward is one number, "
-             "so choose a classifier with one")
+    model, tokenizer = load_model(AutoModelForSequenceClassification,
+                                  "random" if config.model == "random" else name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        fail(f"reward model {name}: its tokenizer has neither a padding nor an end-of-sequence "
-             "token; choose another one")
+    if model.config.num_labels != 1 or tokenizer.pad_token is None:
+        fail(f"reward model {name} has {model.config.num_labels} logits and the padding token "
+             f"{tokenizer.pad_token}; it needs one logit (a reward is one number) and a token")
     tokenizer.padding_side = "right"
     # GPT-like classifiers read the last token that is not padding
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.requires_grad_(False).eval(), tokenizer
+    judge, answers = (model.requires_grad_(False).eval(), tokenizer), ["Yes.", "Yes, it is so."]
+    alone = [reward_scores(*judge, ["Hi."], [text], config.reward_input) for text in answers]
+    together = reward_scores(*judge, ["Hi."] * 2, answers, config.reward_input)
+    if not (together - torch.cat(alone)).abs().max() < 1e-3:
+        fail(f"reward model {name} gives a text another reward in a padded batch; choose another")
+    return judge
 
 
 def load_model(kind, name):
@@ -696,11 +701,63 @@ def load_model(kind, name):
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_policy(model, tokenizer, name):
+    """Ends with an error unless sampling, loss and a plain forward pass agree about a model.
+
+    Two prompts of different length are answered in one padded batch. The log-probabilities of the
+    sampler and of the loss must be those of each text alone, without padding and without a cache.
+    """
+    try:
+        ids, mask = prompt_tokens(tokenizer, ["Hi.", "What is sleep, and why do people need it?"])
+        answers, answer_mask, sampled = generate(
+            model, ids, mask, 1, 4, 1.0, end_tokens(model, tokenizer), torch.Generator())
+        batch = dict(prompt_ids=ids, prompt_mask=mask, completion_ids=answers,
+                     completion_mask=answer_mask)
+        scored, plain = completion_logprobs(model, batch, 1.0), torch.zeros_like(sampled)
+        for k, n in enumerate(answer_mask.sum(dim=1).int()):
+            text = torch.cat([ids[k, mask[k] > 0], answers[k, :n]])
+            logprobs = model(input_ids=text[None]).logits[0, :-1].float().log_softmax(dim=-1)
+            plain[k, :n] = logprobs.gather(1, text[1:, None])[-n:, 0]
+        gap = max((scored - sampled).abs().max(), (plain - sampled).abs().max())
+        if not gap < 1e-3:
+            raise ValueError(f"padding or cache change its log-probabilities by {gap:.2g} nats")
+    except Exception as problem:      # a token without a row in the embedding, no cache, …
+        fail(f"model {name} cannot be trained ({' '.join(str(problem).split())[:150]}): it needs a "
+             "key-value cache, position ids, an end token, and an embedding for each of its tokens")
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def context_of(model):
+    """How many tokens a model can read; a million where its configuration sets no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        # RoBERTa and its like number places from 2 on (padding_idx + 1), so 514 rows hold 512
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            limit = module.num_embeddings - module.padding_idx - 1
+    return limit if limit > 0 else 10**6
 
 
 def random_model(kind):
@@ -714,13 +771,10 @@ def random_model(kind):
 
 def read_prompts(path):
     """The lines of a text file that are not empty."""
-    try:
-        lines = Path(path).read_text(encoding="utf8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        fail(f"prompt file {path} cannot be read or is empty; it needs one prompt per line")
+        fail(f"prompt file {path} is empty; it needs one prompt per line")
     return prompts
 
 
@@ -790,13 +844,11 @@ def write(path, content):
 def write_table(path, rows):
     """Rows as CSV, six significant digits; a row may lack columns that others have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    lines = [names]
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, text.getvalue())
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def save(model, tokenizer, directory):
@@ -829,13 +881,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         torch.set_rng_state(saved["rng"])             # only --break dropout-on uses this stream
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
+        if saved["state"]["processes"] == processes:  # else its prompts would be other ones
+            return saved["state"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if state.get("processes") != processes:
-        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
-             f"{processes}; its prompts would be other ones")
-    return state
+    fail(f"--resume {out}: that run has another number of processes than {processes}")
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -852,25 +902,20 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
+            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
+                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
     check_together(config)
 
 
 def check_together(config):
     """Ends with an error where two values contradict each other."""
+    if re.search("[\ud800-\udfff]", config.prompt):
+        fail(f"--prompt {config.prompt!r} holds half a character (a lone surrogate)")
     if config.batch_size % config.group_size:
         fail(f"--batch-size {config.batch_size} is no multiple of --group-size {config.group_size}")
-    if config.prompt and config.prompts:
-        fail("--prompt and --prompts exclude each other; give one of them")
     if config.broken == "wrong-kl" and (config.kl != "k3" or config.kl_coef == 0):
-        fail("--break wrong-kl takes the place of --kl k3 and needs --kl-coef above 0; omit the "
-             "other flags")
+        fail("--break wrong-kl takes the place of --kl k3, and needs --kl-coef above 0")
 
 
 def parse_args():
@@ -879,44 +924,32 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}; see --help")
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="…")
         text = f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            algorithm.add_argument(flag_of(f), dest=f.name, action="store_true", help=text)
-        else:
-            text += f" (default {f.default})" if f.default != "" else ""
-            algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
-                                   metavar=f.type.__name__.upper())
+        text += f" (default {f.default})" if f.default not in ("", False) else ""
+        algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
     files = parser.add_argument_group("files")
     files.add_argument("--preset", choices=PRESETS, help="settings to start from; flags win")
     files.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                         help="auto: a GPU if there is one")
+    gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
+    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                         default="auto", help="auto: a GPU if there is one")
     machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
     machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not has.get(args.device, True):
-        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
     return given, args
 
 
 def new_run(given, args):
     """The configuration of a new run: defaults, then --preset, --smoke, and the flags."""
     smoke = dict(updates=2, batch_size=4, group_size=2, max_new_tokens=8) if args.smoke else {}
-    preset = PRESETS[args.preset] if args.preset else {}
-    if "prompts" in given:            # a file of prompts takes the place of the preset's one prompt
-        preset = preset | dict(prompt="")
-    settings = preset | smoke | given
-    shipped = (HERE / "weights" / "base").exists() and (HERE / "weights" / "reward_model").exists()
-    if not shipped and not {"model", "reward_model"} <= set(settings):
-        if not args.smoke:
-            fail(f"there are no models in {HERE / 'weights'}; make them with python "
-                 "make_base_models.py, or give --model and --reward-model")
-        settings["model"] = "random"
+    settings = PRESETS.get(args.preset, {}) | smoke | given
+    if args.smoke and not (HERE / "weights" / "base").exists():
+        settings.setdefault("model", "random")
     for name in ("model", "reward_model", "prompts"):     # --resume may start in another directory
         if settings.get(name) and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
@@ -928,12 +961,11 @@ def new_run(given, args):
 def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.preset:
-        fail("--resume takes everything from the run's directory; beside it only --device and "
-             "--quiet may be given")
+        fail("--resume takes everything but --device and --quiet from the run's directory")
     args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
     try:
         config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         fail(f"--resume {args.out}: its config.json is not one of this version of the script")
     check(config)
     return config
@@ -949,22 +981,10 @@ def newest_run(needed):
 
 def open_directory(out, config):
     """Makes the run's directory with its config.json; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name, or go on "
-                 f"with it by --resume {out}")
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
-
-
-def command_of(config):
-    """The command line that makes a run of this configuration."""
-    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
-    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
-    words = [word.removesuffix(" True") for word in words]    # flags without a value
-    return " ".join(["python", Path(__file__).name, *words])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out} is not empty: choose another name, or go on with --resume {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
 
 
 def start_judge(out, args):
@@ -972,29 +992,24 @@ def start_judge(out, args):
     score that judges it. It writes eval.json and curve.png and prints the verdict."""
     script = HERE / "grpo_eval.py"
     if not script.exists():
-        print(f"{script.name} is not beside this script, so nothing judges the run")
-        return
+        return print(f"{script.name} is not beside this script, so nothing judges the run")
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
+    raise SystemExit(subprocess.run(command).returncode)
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know β
     given, args = parse_args()
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # bf16 arithmetic on CUDA, but not for the small models
     half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
-    accelerator = Accelerator(cpu=args.device == "cpu",
+    # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
                               mixed_precision="bf16" if half else "no")
     processes = accelerator.num_processes
     if config.batch_size // config.group_size % processes:
-        fail(f"{config.batch_size // config.group_size} prompts an update cannot be shared equally "
-             f"by {processes} processes; change --batch-size")
+        fail(f"{processes} processes cannot share the prompts of an update: change --batch-size")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
     if accelerator.is_main_process and not args.resume:
@@ -1003,9 +1018,8 @@ def main():
 
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    log("GRPO · " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" · {accelerator.device} × {processes} · seed {config.seed}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    log(f"GRPO · {versions} · {accelerator.device} × {processes} · seed {config.seed}")
     log("expect with the default settings: about a minute, and a win rate of 80 % or more"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
@@ -1020,7 +1034,8 @@ def main():
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")
-        about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+        about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+                     seed=config.seed, versions=versions, result=result)
         write(out / "train.json", json.dumps(about, indent=1) + "\n")
         log(f"policy, tables and samples are in {out}")
         if not args.smoke:
@@ -1028,8 +1043,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

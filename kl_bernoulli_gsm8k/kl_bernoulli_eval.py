@@ -1,4 +1,4 @@
-"""Judges a model on word problems: greedy accuracy, pass@k, maj@k, length, entropy.
+"""Judges a model on word problems: greedy accuracy, pass@k, length, entropy.
 
     python kl_bernoulli_eval.py                      the shipped policy on three sets of problems
     python kl_bernoulli_eval.py --weights weights/base     the model that training starts from
@@ -17,7 +17,6 @@ length (tokens), problems (how many).
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "matplotlib==3.11.2"]
 # ///
 import argparse
-import collections
 import json
 import math
 import os
@@ -32,12 +31,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 # The settings of train_kl_bernoulli.py that matter here; a run's config.json has its own
-DEFAULTS = dict(data="", data_dir="", instruction="", max_new_tokens=40, temperature=1.0,
-                sampling_batch=512)
+DEFAULTS = dict(data="", instruction="", max_new_tokens=40, temperature=1.0, sampling_batch=512)
 TITLES = dict(test="new problems", held_out="new situations", large="larger numbers")
 TARGET = 0.08       # greedy accuracy should rise by so much
 
@@ -71,17 +70,21 @@ def number_of(text):
     return -value if sign or late_sign else value
 
 
+# What opens or closes a thought: <think>, </think>, [THINK], <reasoning> …
+THOUGHT = re.compile(r"[<\[](/?)(?:think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
+
+
 def result_of(text, thinks):
     """The number after the last #### of an answer; None without one.
 
-    Only what stands after the last </think> counts. thinks: the prompt opened <think>, so an answer
-    without </think> has only thought, and said nothing.
+    Only what stands after the last thought counts. Whoever is still thinking has said nothing.
+    thinks: the prompt has opened a thought.
     """
-    thought, end, said = text.rpartition("</think>")
-    if thinks and not end:
-        return None
+    for mark in THOUGHT.finditer(text):
+        thinks = mark[1] == ""        # opened; else closed by </think>
+    said = THOUGHT.split(text)[-1]
     before, mark, result = said.rpartition("####")
-    return number_of(result) if mark else None
+    return number_of(result) if mark and not thinks else None
 
 
 def prompt_text(tokenizer, question, instruction):
@@ -103,18 +106,20 @@ def prompt_tokens(tokenizer, prompts):
     Padded on the LEFT, so that all answers begin in the same column.
     """
     rows = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    T = max(len(row) for row in rows)
-    # Which token pads does not matter: masks come from lengths, never from `ids != pad`
-    pad = tokenizer.eos_token_id
-    ids = [[pad] * (T - len(row)) + row for row in rows]
-    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    end = tokenizer.eos_token_id
+    # Some tokenizers close each text with the end token; an answer would come after the end
+    rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
+    # Which token pads does not matter: masks come from lengths, never from `ids != end`
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
+    mask = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(mask, batch_first=True, padding_side="left")
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
-    """The B answers as text, without special tokens; but </think> stays, special or not."""
+    """The B answers as text, without special tokens; but <think> and </think> stay."""
     dropped = {number for number, token in tokenizer.added_tokens_decoder.items()
-               if token.special and token.content != "</think>"}
+               if token.special and not THOUGHT.fullmatch(token.content)}
     texts = []
     for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu()):
         kept = [token for token in ids[mask > 0].tolist() if token not in dropped]
@@ -123,10 +128,22 @@ def answer_texts(tokenizer, completion_ids, completion_mask):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer; a model may have several."""
-    others = getattr(model.generation_config, "eos_token_id", None) or []
-    others = others if isinstance(others, list) else [others]
-    return sorted({tokenizer.eos_token_id, *others})
+    """Ids that end an answer: a model may name several, and its chat format may use one more."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *named} - {None}
+    return sorted(end for end in ends if 0 <= end < model.config.vocab_size)
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def sample_tokens(logprobs, generator):
@@ -234,7 +251,8 @@ def write(path, content):
 def read_set(path):
     """Problems from JSON Lines, as training has read (and checked) them."""
     try:
-        records = [json.loads(line) for line in path.read_text("utf8").strip().split("\n")]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        records = [json.loads(line) for line in lines if line.strip()]
         return [Problem(record["question"], result_of(record["answer"], thinks=False),
                         record["answer"].count("<<") or record["answer"].count("="))
                 for record in records]
@@ -273,19 +291,8 @@ def pass_at(right, k):
 
     That is the chance that k of the n answers to a problem contain a right one, without bias.
     """
-    n = right.shape[1]
-    wrong = n - right.sum(axis=1)                                       # [P]
+    n, wrong = right.shape[1], (~right).sum(axis=1)                     # wrong [P]
     return float(np.mean([1 - math.comb(int(w), k) / math.comb(n, k) for w in wrong]))
-
-
-def maj_at(results, problems):
-    """Share of the problems whose most frequent result is right; among equals the first counts."""
-    n, right = len(results) // len(problems), 0
-    for k, problem in enumerate(problems):
-        numbers = [result for result in results[k * n:(k + 1) * n] if result is not None]
-        favourite = collections.Counter(numbers).most_common(1)         # [(result, times)] or []
-        right += bool(favourite) and favourite[0][0] == problem.result
-    return right / len(problems)
 
 
 def report(config, model, tokenizer, name, problems, args):
@@ -293,21 +300,18 @@ def report(config, model, tokenizer, name, problems, args):
     N, T = args.samples, config.temperature
     greedy = solve(config, model, tokenizer, problems, 1, 0.0, args.seed)
     sampled = solve(config, model, tokenizer, problems, N, T, args.seed)
-    first = [result == problem.result for result, problem in zip(greedy["results"], problems)]
-    wanted = [problem.result for problem in problems for _ in range(N)]               # P·N
-    right = [result == number for result, number in zip(sampled["results"], wanted)]
-    first, right = np.array(first), np.array(right).reshape(-1, N)      # [P], [P, N]
+    wanted = np.array([problem.result for problem in problems])         # [P]
+    first = np.array(greedy["results"]) == wanted                       # [P]
+    right = np.array(sampled["results"]).reshape(-1, N) == wanted[:, None]            # [P, N]
     figures = dict(greedy_accuracy=float(first.mean()), sampled_accuracy=float(right.mean()),
                    pass_at_8=pass_at(right, min(8, N)), entropy=float(np.mean(sampled["entropy"])),
                    length=float(np.mean(sampled["length"])), problems=len(problems))
-    passes = [f"pass@{k} {pass_at(right, k):.1%}" for k in (2, 4, 8, 16) if k <= N]
+    passes = [f", pass@{k} {pass_at(right, k):.1%}" for k in (2, 4, 8, 16) if k <= N]
     steps = np.array([problem.steps for problem in problems])           # [P]
-    by_steps = [f"{n}: {first[steps == n].mean():.0%} of {(steps == n).sum()}"
-                for n in sorted(set(steps))]
+    parts = [f"{n}: {first[steps == n].mean():.0%} of {sum(steps == n)}" for n in np.unique(steps)]
     print(f"{TITLES[name]} ({len(problems)}): greedy {first.mean():.1%} · sampled at T = {T}: "
-          f"{right.mean():.1%}, {', '.join(passes)}, maj@{N} "
-          f"{maj_at(sampled['results'], problems):.1%} · length {figures['length']:.1f} · entropy "
-          f"{figures['entropy']:.3f}\n    greedy by steps: {', '.join(by_steps)}")
+          f"{right.mean():.1%}{''.join(passes)} · length {figures['length']:.1f} · entropy "
+          f"{figures['entropy']:.3f}\n    greedy by steps: {', '.join(parts)}")
     for problem, text, one in zip(problems[:args.show], greedy["texts"], first):
         print(f"\n{problem.question} [{problem.result}]\n  {'right' if one else 'WRONG'}: "
               + " ".join(text.split()))
@@ -333,8 +337,8 @@ def plot_curve(out, config):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    metrics, tests = [np.genfromtxt(out / name, delimiter=",", names=True, ndmin=1)
-                      for name in ("metrics.csv", "tests.csv")]
+    metrics, tests = [np.genfromtxt(out / f"{name}.csv", delimiter=",", names=True, ndmin=1)
+                      for name in ("metrics", "tests")]
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for axis, name in zip(axes.flat, ("sampled_accuracy", "entropy", "completion_length", "loss")):
         axis.plot(metrics["update"], metrics[name], label="sampled, training problems")
@@ -343,8 +347,8 @@ def plot_curve(out, config):
     axes[0, 0].plot(tests["update"], greedy, "C3o-", label="greedy, test problems")
     axes[0, 0].axhline(greedy[0] + TARGET, color="C2", linestyle="--", label="target of greedy")
     axes[0, 0].legend(fontsize=8)
-    broken = f"   BROKEN: {config.broken}" if config.broken else ""
-    figure.suptitle(f"{config.method}, c = {config.ent_coef}, seed {config.seed}{broken}")
+    figure.suptitle(f"{config.method}, c = {config.ent_coef}, seed {config.seed}"
+                    + "   BROKEN: " * bool(config.broken) + config.broken)
     figure.savefig(out / "curve.png.part", format="png", dpi=100)
     os.replace(out / "curve.png.part", out / "curve.png")
 
@@ -354,8 +358,7 @@ def plot_curve(out, config):
 def find_policy(name):
     """(directory of the model, settings of its run) for a path, a run's directory, or latest."""
     path = newest_run("train.json") if name == "latest" else Path(name)
-    if (path / "policy").is_dir():
-        path = path / "policy"
+    path = path / "policy" if (path / "policy").is_dir() else path
     stored = path.parent / "config.json"
     try:
         settings = json.loads(stored.read_text(encoding="utf8")) if stored.exists() else {}
@@ -367,14 +370,21 @@ def find_policy(name):
 def open_model(path, fresh):
     """(model, tokenizer) in a directory; fresh: with random weights in place of its own."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
+                                                             output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"there is no model at {path} ({type(problem).__name__}); train one with python "
-             "train_kl_bernoulli.py, or omit --weights for the shipped one")
+        fail(f"there is no model at {path} ({' '.join(str(problem).split())[:150]})")
+    if any(report.values()):
+        fail(f"{path} is no whole {type(model).__name__}: {str(report)[:250]}")
     if fresh:
         model = AutoModelForCausalLM.from_config(model.config)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def text(given):
+    """A flag's text. Half a character (a lone surrogate) is none: argparse refuses it."""
+    return given.encode().decode()
 
 
 def parse_args():
@@ -385,8 +395,9 @@ def parse_args():
         help="which model (default: the shipped policy)")
     add("--run", metavar="DIR|latest", help="judge a finished run: eval.json, curve.png, verdict")
     add("--data", help="gsm8k, or a directory with test.jsonl (default: the run's own)")
+    add("--instruction", metavar="TEXT", help="put after each problem (default: the run's own)")
     add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the run's own)")
-    add("--prompt", metavar="TEXT", help="answer this problem")
+    add("--prompt", type=text, metavar="TEXT", help="answer this problem")
     add("--samples", type=int, default=16, metavar="N", help="answers per problem (default 16)")
     add("--limit", type=int, metavar="N", help="only the first N problems of each set")
     add("--show", type=int, default=0, metavar="N", help="print N greedy answers")
@@ -395,8 +406,7 @@ def parse_args():
     add("--smoke", action="store_true", help="random weights, two problems: does it run?")
     add("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
-    if args.quiet:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if args.quiet else sys.stdout
     for name in ("samples", "limit", "max_new_tokens"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {vars(args)[name]}")
@@ -406,36 +416,33 @@ def parse_args():
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know ·
     args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if args.smoke:
-        args.weights, args.limit = "random", 2
-        if not (HERE / "weights" / "base").exists():
-            return print("no weights beside this script, so there is nothing to judge")
+    if args.smoke and not (HERE / "weights" / "base").exists():
+        return print("no weights beside this script, so there is nothing to judge")
+    args.weights, args.limit = ("random", 2) if args.smoke else (args.weights, args.limit)
     torch.manual_seed(args.seed)                      # for --weights random
-    fresh = args.weights == "random"
     if args.run:                                      # as every run was judged in the README
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
         if not (out / "train.json").exists():
             fail(f"--run {out} is no run that has ended: it has no train.json")
         args.samples, args.seed, args.json, args.weights = 8, 0, out / "eval.json", out / "policy"
+    fresh = args.weights == "random"
     path, config = find_policy(HERE / "weights" / "base" if fresh else args.weights)
-    for name in ("data", "max_new_tokens"):
+    for name in ("data", "instruction", "max_new_tokens"):
         if vars(args)[name] is not None:
             setattr(config, name, vars(args)[name])
     model, tokenizer = open_model(path, fresh)
     if args.prompt:
-        asked = [Problem(args.prompt, None, 0)]
-        return print(solve(config, model, tokenizer, asked, 1, 0.0, 0)["texts"][0])
-    places = {"": HERE / "data", "gsm8k": Path(config.data_dir or HERE / "gsm8k")}
-    directory = places.get(config.data, Path(config.data))
+        asked = Problem(args.prompt, None, 0)
+        return print(*solve(config, model, tokenizer, [asked], 1, 0.0, 0)["texts"])
     names = ["test"] if config.data or args.run else TITLES
-    figures = [report(config, model, tokenizer, name,
-                      read_set(directory / f"{name}.jsonl")[:args.limit], args) for name in names]
+    # On data of another size, as many problems as the greedy tests of training had
+    limit = args.limit or (vars(config).get("eval_problems") if config.data else None)
+    # HERE / an absolute path is that path
+    sets = {name: read_set(HERE / (config.data or "data") / f"{name}.jsonl") for name in names}
+    figures = [report(config, model, tokenizer, name, sets[name][:limit], args) for name in names]
     if args.json:
         write(args.json, json.dumps(figures[0], indent=1) + "\n")
     if args.run:
@@ -443,8 +450,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

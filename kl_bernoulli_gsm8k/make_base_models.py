@@ -204,7 +204,10 @@ def main():
     print(f"base model: {model.num_parameters():,} parameters, loss {loss:.3f} nats per token, {time.perf_counter() - start:.0f} s")
     beside = out / "weights" / "base.part"
     shutil.rmtree(beside, ignore_errors=True)
-    model.half().save_pretrained(beside)                          # half precision: half the size; loaded as fp32
+    # Half precision: half the size; loaded as fp32. It ends at 65,504, and beyond that is infinity
+    if any(parameter.abs().max() > 65504 for parameter in model.parameters()):
+        raise SystemExit("a weight is too large for half precision: make the model again with another --seed")
+    model.half().save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     flags = "".join(f" --{name} {getattr(args, name)}" for name in ("updates", "batch", "seed") if getattr(args, name) != parser.get_default(name))
     write(beside / "README.md", "---\nlicense: mit\n---\nA toy: solves small word problems, sometimes. Made by `python make_base_models.py` for the GSM8K lesson; of no other use.\n")

@@ -44,8 +44,7 @@ METHODS = {"Dr. GRPO": ["--preset", "gsm8k_reinforce"],
            "§3.3, confident tokens": ["--preset", "gsm8k_0p5_0"],
            "§3.3, confident, entropy −0.1": ["--preset", "gsm8k_0p5_0_1"],
            "§3.3, all tokens": ["--preset", "gsm8k_0p5_0", "--half-tokens", "all"]}
-BREAKS = {"`substring-reward`, Dr. GRPO": ["--break", "substring-reward"],
-          "`train-on-wrong`, §3.2": ["--break", "train-on-wrong", "--method", "kl_correct"]}
+BREAKS = {"`train-on-wrong`, §3.2": ["--break", "train-on-wrong", "--method", "kl_correct"]}
 HEADINGS = ("greedy before → best → last", "greedy, all test problems", "T = 1", "pass@8",
             "entropy", "length", "loss, first → last")
 # (table of a run, its column, title of the panel)

@@ -2,7 +2,7 @@
 
     python train_kl_bernoulli.py                                 Dr. GRPO, 6 minutes on one core
     python train_kl_bernoulli.py --preset gsm8k_0                the thesis's first method (§3.1)
-    python train_kl_bernoulli.py --full-size --preset gsm8k_0    Qwen3-4B-Thinking on GSM8K (GPUs)
+    python train_kl_bernoulli.py --preset full_size              Qwen3-4B-Thinking on GSM8K (GPUs)
     accelerate launch train_kl_bernoulli.py                      several processes or GPUs
 
 Expect greedy accuracy on new problems to rise from 45 % to 55 % or more.
@@ -55,10 +55,9 @@ answers in one row.
 # ///
 import argparse
 import contextlib
-import csv
-import io
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -76,6 +75,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,7 +83,7 @@ from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("kl_batch", "kl_correct", "fixed_half", "dr_grpo")
-BREAKS = ("substring-reward", "naive-log1mp", "train-on-wrong", "per-rank-mean")
+BREAKS = ("naive-log1mp", "train-on-wrong")
 
 
 def hp(default, help, **rule):
@@ -96,8 +96,7 @@ class Config:
     # What is trained, and on what
     seed: int = hp(1, "same seed, same run on one CPU", low=0, high=2**31 - 1)
     model: str = hp("", "model to train: path or hub name (default: weights/base)")
-    data: str = hp("", "gsm8k, or a directory with train.jsonl and test.jsonl (default: data)")
-    data_dir: str = hp("", "where the official files are (default: gsm8k beside the script)")
+    data: str = hp("", "directory with train.jsonl and test.jsonl (default: data)")
     instruction: str = hp("", "put after each question (for gsm8k, one that asks for ####)")
     # The method
     # kl_batch: the sum over correct answers, divided by all; kl_correct: by the correct ones
@@ -105,7 +104,8 @@ class Config:
     half_tokens: str = hp("confident", "fixed_half on: confident, tokens with p > ½ (the thesis's "
                           "code); all (its formula)", choices=("confident", "all"))
     detach_max: bool = hp(False, "kl_*: no gradient through P, that of the likeliest token")
-    ent_coef: float = hp(0.0, "c in loss − c·H. Negative: entropy is punished (the thesis: −0.1)")
+    ent_coef: float = hp(0.0, "c in loss − c·H. Negative: entropy is punished (the thesis: −0.1)",
+                         low=-100, high=100)
     # Sampling
     updates: int = hp(100, "batches of answers. Too many: entropy is gone, nothing moves", low=1)
     batch_size: int = hp(512, "B, answers per update. Too low: noisy. Too high: slow", low=1)
@@ -127,17 +127,17 @@ class Config:
                      choices=("", *BREAKS))
 
 
-# The names of the thesis's scripts, and its settings: the last number is the price of entropy. They
-# choose a method, not the data
+# The first ones have the names of the thesis's scripts; the last number is the price of entropy
 PRESETS = {"gsm8k_reinforce": dict(method="dr_grpo"),
            "gsm8k_0": dict(method="kl_batch"),
            "gsm8k_0_1": dict(method="kl_batch", ent_coef=-0.1),
            "gsm8k_0p5_0": dict(method="fixed_half"),
            "gsm8k_0p5_0_1": dict(method="fixed_half", ent_coef=-0.1),
-           "gsm8k_0p5_test": dict(method="fixed_half", batch_size=16)}
-FULL_SIZE = dict(model="Qwen/Qwen3-4B-Thinking-2507", data="gsm8k", updates=150 * 14, lr=1e-6,
-                 max_new_tokens=8192, sampling_batch=8, micro_batch=1, token_chunk=1024,
-                 gradient_checkpointing=True, eval_problems=1319)
+           "full_size": dict(model="Qwen/Qwen3-4B-Thinking-2507", data="gsm8k", updates=2100,
+                             lr=1e-6, max_new_tokens=8192, sampling_batch=8, micro_batch=1,
+                             token_chunk=1024, gradient_checkpointing=True),
+           "smollm2": dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", data="gsm8k", lr=1e-5,
+                           updates=20, batch_size=64, max_new_tokens=128, micro_batch=8)}
 
 
 # ---- the task: word problems, and a reward that checks ------------------------------------------
@@ -169,37 +169,37 @@ def number_of(text):
     return -value if sign or late_sign else value
 
 
+# What opens or closes a thought: <think>, </think>, [THINK], <reasoning> …
+THOUGHT = re.compile(r"[<\[](/?)(?:think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
+
+
 def result_of(text, thinks):
     """The number after the last #### of an answer; None without one.
 
-    Only what stands after the last </think> counts. thinks: the prompt opened <think>, so an answer
-    without </think> has only thought, and said nothing.
+    Only what stands after the last thought counts. Whoever is still thinking has said nothing.
+    thinks: the prompt has opened a thought.
     """
-    thought, end, said = text.rpartition("</think>")
-    if thinks and not end:
-        return None
+    for mark in THOUGHT.finditer(text):
+        thinks = mark[1] == ""        # opened; else closed by </think>
+    said = THOUGHT.split(text)[-1]
     before, mark, result = said.rpartition("####")
-    return number_of(result) if mark else None
+    return number_of(result) if mark and not thinks else None
 
 
-def reward_of(text, result, thinks, substring=False):
+def reward_of(text, result, thinks):
     """1.0 if the answer's number equals `result` (a Fraction), else 0.0."""
-    if substring:                                     # BREAK: "15" contains "5"
-        return float(str(result) in text.rpartition("</think>")[2])
     return float(result_of(text, thinks) == result)
 
 
 def load_policy(config):
     """(model, tokenizer) that training starts from: in fp32, without dropout."""
     model, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "base")
-    if tokenizer.eos_token_id is None:
-        fail(f"model {config.model}: its tokenizer has no end-of-sequence token, so an answer "
-             "would have no end; choose another one")
     # The policy that samples and the one that is trained must be the same function
     remove_dropout(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
-    return model.eval(), tokenizer
+    check_policy(model.eval(), tokenizer, config.model)
+    return model, tokenizer
 
 
 def remove_dropout(model):
@@ -230,18 +230,20 @@ def prompt_tokens(tokenizer, prompts):
     Padded on the LEFT, so that all answers begin in the same column.
     """
     rows = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    T = max(len(row) for row in rows)
-    # Which token pads does not matter: masks come from lengths, never from `ids != pad`
-    pad = tokenizer.eos_token_id
-    ids = [[pad] * (T - len(row)) + row for row in rows]
-    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    end = tokenizer.eos_token_id
+    # Some tokenizers close each text with the end token; an answer would come after the end
+    rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
+    # Which token pads does not matter: masks come from lengths, never from `ids != end`
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
+    mask = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(mask, batch_first=True, padding_side="left")
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
-    """The B answers as text, without special tokens; but </think> stays, special or not."""
+    """The B answers as text, without special tokens; but <think> and </think> stay."""
     dropped = {number for number, token in tokenizer.added_tokens_decoder.items()
-               if token.special and token.content != "</think>"}
+               if token.special and not THOUGHT.fullmatch(token.content)}
     texts = []
     for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu()):
         kept = [token for token in ids[mask > 0].tolist() if token not in dropped]
@@ -351,10 +353,11 @@ def sequence_weights(config, rewards, mask, sequences, correct):
 # ---- sampling answers -------------------------------------------------------------------------
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer; a model may have several."""
-    others = getattr(model.generation_config, "eos_token_id", None) or []
-    others = others if isinstance(others, list) else [others]
-    return sorted({tokenizer.eos_token_id, *others})
+    """Ids that end an answer: a model may name several, and its chat format may use one more."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *named} - {None}
+    return sorted(end for end in ends if 0 <= end < model.config.vocab_size)
 
 
 def sample_tokens(logprobs, generator):
@@ -471,27 +474,22 @@ def collect(config, policy, tokenizer, problems, generator):
     at_once = max(1, config.sampling_batch // G)                        # problems
     for ids, mask in zip(prompt_ids.split(at_once), prompt_mask.split(at_once)):
         T = int(mask.sum(dim=1).max())
-        pieces.append(generate(policy, ids[:, -T:], mask[:, -T:], G, config.max_new_tokens,
-                               config.temperature, ends, generator))
-    completion_ids, completion_mask, logprobs = [join(tensors) for tensors in zip(*pieces)]
+        piece = generate(policy, ids[:, -T:], mask[:, -T:], G, config.max_new_tokens,
+                         config.temperature, ends, generator)
+        pieces.append(piece)
+    # The pieces as one batch: their rows, padded to the length L of the longest
+    rows = [[row for tensor in tensors for row in tensor] for tensors in zip(*pieces)]
+    completion_ids, completion_mask, logprobs = [pad_sequence(some, True) for some in rows]
     texts = answer_texts(tokenizer, completion_ids, completion_mask)
 
     thinks = prompts[0].rstrip().endswith("<think>")
     results = [problem.result for problem in problems for _ in range(G)]              # B results
-    rewards = [reward_of(text, result, thinks, config.broken == "substring-reward")   # BREAK
-               for text, result in zip(texts, results)]
+    rewards = [reward_of(text, result, thinks) for text, result in zip(texts, results)]
     return dict(prompt_ids=prompt_ids.repeat_interleave(G, dim=0),      # [B, T]
                 prompt_mask=prompt_mask.repeat_interleave(G, dim=0),
                 completion_ids=completion_ids, completion_mask=completion_mask,
                 old_logprobs=logprobs,
                 rewards=torch.tensor(rewards, device=policy.device)), texts
-
-
-def join(tensors):
-    """Tensors [b, l] of different lengths l as one [B, L], with zeros on the right."""
-    L = max(tensor.shape[1] for tensor in tensors)
-    padded = [torch.nn.functional.pad(tensor, (0, L - tensor.shape[1])) for tensor in tensors]
-    return torch.cat(padded)
 
 
 def update(config, accelerator, policy, optimizer, batch):
@@ -507,7 +505,7 @@ def update(config, accelerator, policy, optimizer, batch):
     correct = int(accelerator.reduce(rewards.sum(), "sum"))
     weights = sequence_weights(config, rewards, mask, sequences, correct)             # [B, L]
     if config.broken:
-        weights = sabotage(weights, config, batch, sequences, correct, processes)     # BREAK
+        weights = sabotage(weights, config, batch, sequences, correct)    # BREAK
     # The entropy has the weights of the loss (Eq. 4), or those of a mean over all answers (Eq. 5)
     entropy_weights = weights                                           # [B, L]
     if config.method == "dr_grpo":
@@ -525,7 +523,7 @@ def update(config, accelerator, policy, optimizer, batch):
     kept = {name: values[used] for name, values in batch.items()}
     parts = [part for _, part in parts_by_length(kept, config.micro_batch)]
 
-    head = accelerator.unwrap_model(policy).get_output_embeddings()     # hidden state -> logits
+    head = last_layer(accelerator.unwrap_model(policy))                 # hidden state -> logits
     total = torch.zeros((), device=device)
     optimizer.zero_grad()
     for number, part in enumerate(parts, 1):
@@ -553,17 +551,7 @@ def batch_loss(policy, head, part, config):
     150,000 would fill the memory. Those of a chunk are thrown away and computed again on the way
     back (torch's checkpoint, which has nothing to do with checkpoint.pt).
     """
-    ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)              # [B', T + L]
-    mask = torch.cat([part["prompt_mask"], part["completion_mask"].long()], dim=1)    # [B', T + L]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B', T + L]
-    hidden = policy(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                    output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
-    # The state at one place predicts the NEXT token, so those for an answer begin one place before:
-    #     ids            pad  pad  What  is   it   | a    cat  E           T = 5, L = 3
-    #     states used at                      it     a    cat
-    #     they predict                        a      cat  E
-    L = part["completion_ids"].shape[1]
-    states = hidden[:, -L - 1:-1]                                       # [B', L, D]
+    states = answer_states(policy, head, part)                          # [B', L, D]
     real = part["completion_mask"] > 0                                  # [B', L]
     columns = (states, part["completion_ids"], part["weights"], part["entropy_weights"])
     # [B', L, D] -> the real tokens of all answers in one row [tokens, D] -> chunks [n, D]
@@ -572,6 +560,24 @@ def batch_loss(policy, head, part, config):
     loss, entropy = torch.stack(sums).sum(dim=0)
     # Eq. 4, 5  minus c·H: with c < 0, entropy costs
     return loss - config.ent_coef * entropy
+
+
+def answer_states(policy, head, part):
+    """The hidden states that predict the tokens of the answers [B', L, D], with gradient."""
+    ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)              # [B', T + L]
+    mask = torch.cat([part["prompt_mask"], part["completion_mask"].long()], dim=1)    # [B', T + L]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B', T + L]
+    L = part["completion_ids"].shape[1]
+    # A model that does more than `head` to get its logits computes them itself (last_layer)
+    whole = isinstance(head, torch.nn.Identity)
+    found = policy(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                   output_hidden_states=True, logits_to_keep=int(not whole))
+    # The state at one place predicts the NEXT token, so those for an answer begin one place before:
+    #     ids            pad  pad  What  is   it   | a    cat  E           T = 5, L = 3
+    #     states used at                      it     a    cat
+    #     they predict                        a      cat  E
+    states = found.logits if whole else found.hidden_states[-1]
+    return states[:, -L - 1:-1]
 
 
 def chunk_sums(config, head, states, ids, weights, entropy_weights):
@@ -584,14 +590,12 @@ def chunk_sums(config, head, states, ids, weights, entropy_weights):
 
 # ---- what --break does (skip it at first) -------------------------------------------------------
 
-def sabotage(weights, config, batch, sequences, correct, processes):
+def sabotage(weights, config, batch, sequences, correct):
     """What --break does to the weights [B, L]. Nothing of this belongs to the methods."""
     rewards, mask = batch["rewards"], batch["completion_mask"]
     if config.broken == "train-on-wrong":             # wrong answers count like right ones
         return sequence_weights(config, torch.ones_like(rewards), mask, sequences, correct)
-    if config.broken == "per-rank-mean":              # kl_correct: divided by its own number
-        return sequence_weights(config, rewards, mask, len(mask), int(rewards.sum())) / processes
-    return weights                                    # the other breaks are marked where they act
+    return weights                                    # the other break is marked where it acts
 
 
 # ---- the training loop ------------------------------------------------------------------------
@@ -614,7 +618,7 @@ def train(config, out, accelerator, log=print, bar=False):
     model = accelerator.unwrap_model(policy)          # sampling needs no exchange between processes
     if not state["tests"]:
         greedy_test(config, accelerator, model, tokenizer, tests, state, out)
-    log(f"{model.num_parameters():,} parameters · {len(problems)} problems · greedy accuracy "
+    log(f"{model.num_parameters()} parameters · {len(problems)} problems · greedy accuracy "
         f"before training {state['tests'][0]['greedy_accuracy']:.1%}")
     log(table_line())
     for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
@@ -639,7 +643,8 @@ def train(config, out, accelerator, log=print, bar=False):
         if due:
             row = row | greedy_test(config, accelerator, model, tokenizer, tests, state, out)
         log(table_line(row | state["clock"][-1], left=config.updates - number))
-        show_answer(log, terms, asked[0], texts[0], shown=due or number == 1)
+        if due:
+            log(f"{asked[0].question}\n    -> {texts[0]}")
         if due and accelerator.is_main_process:
             save_checkpoint(out, model, optimizer, state)
     seconds = sum(row["seconds"] for row in state["clock"])
@@ -667,11 +672,11 @@ def greedy_test(config, accelerator, model, tokenizer, tests, state, out):
     The best of many tests is a little too good: judge the last weights, or use other problems.
     Every process does it for itself, so that none waits. Returns the new row of tests.csv.
     """
-    greedy = replace(config, group_size=1, temperature=0.0, broken="")
+    greedy = replace(config, group_size=1, temperature=0.0)
     with accelerator.autocast():
         batch, _ = collect(greedy, model, tokenizer, tests[:config.eval_problems], None)
-    row = dict(update=state["update"], greedy_accuracy=float(np.mean(batch["rewards"].tolist())),
-               length=float(batch["completion_mask"].sum(dim=1).mean()))
+    row = dict(update=state["update"], greedy_accuracy=batch["rewards"].double().mean().item(),
+               length=batch["completion_mask"].sum(dim=1).mean().item())
     state["tests"].append(row)
     best = max(test["greedy_accuracy"] for test in state["tests"])
     if accelerator.is_main_process and row["greedy_accuracy"] == best:
@@ -707,23 +712,75 @@ def load_model(kind, name):
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def last_layer(model):
+    """The layer that makes logits of hidden states; the identity, if a model does more than that.
+
+    Some scale their logits, or bend them: Cohere, Granite, Gemma 2.
+    """
+    found = model(input_ids=torch.arange(3, device=model.device)[None], output_hidden_states=True)
+    head = model.get_output_embeddings()
+    same = torch.allclose(head(found.hidden_states[-1]), found.logits, rtol=1e-4, atol=1e-4)
+    return head if same else torch.nn.Identity()
+
+
+@torch.no_grad()
+def check_policy(model, tokenizer, name):
+    """Ends with an error unless sampling, loss and a plain forward pass agree about a model.
+
+    Two prompts of different length are answered in one padded batch. The log-probabilities of the
+    sampler and of the loss must be those of each text alone, without padding and without a cache.
+    """
+    try:
+        ids, mask = prompt_tokens(tokenizer, ["Hi.\n", "What is 1 + 1 + 1?\n"])
+        answers, answer_mask, sampled = generate(
+            model, ids, mask, 1, 4, 1.0, end_tokens(model, tokenizer), torch.Generator())
+        batch = dict(prompt_ids=ids, prompt_mask=mask, completion_ids=answers,
+                     completion_mask=answer_mask)
+        head, plain = last_layer(model), torch.zeros_like(sampled)
+        logits = head(answer_states(model, head, batch)).float()
+        scored = logits.log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0] * answer_mask
+        for k, n in enumerate(answer_mask.sum(dim=1).int()):
+            text = torch.cat([ids[k, mask[k] > 0], answers[k, :n]])
+            logprobs = model(input_ids=text[None]).logits[0, :-1].float().log_softmax(dim=-1)
+            plain[k, :n] = logprobs.gather(1, text[1:, None])[-n:, 0]
+        gap = max((scored - sampled).abs().max(), (plain - sampled).abs().max())
+        if not gap < 1e-3:
+            raise ValueError(f"padding or cache change its log-probabilities by {gap:.2g} nats")
+    except Exception as problem:      # a token without a row in the embedding, no cache, …
+        fail(f"model {name} cannot be trained ({' '.join(str(problem).split())[:150]}): it needs a "
+             "key-value cache, position ids, an end token, and an embedding for each of its tokens")
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def random_model(kind):
-    """A GPT-2 of one layer with five words: so few that some answers are right by luck."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    words = {"<|end|>": 0, "<unk>": 1, "####": 2, "1": 3, "2": 4}
-    splitter = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=splitter, eos_token="<|end|>", pad_token="<|end|>", unk_token="<unk>")
-    config = transformers.GPT2Config(vocab_size=5, n_embd=16, n_layer=1, n_head=2, n_positions=64,
-                                     bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return kind.from_config(config), tokenizer
 
 
@@ -732,18 +789,17 @@ def load_problems(config):
     if config.model == "random":
         problems = [Problem("1 or 2 ?", Fraction(1 + k % 2), 1) for k in range(64)]
         return problems, problems[:1]
-    directory = Path(config.data or HERE / "data")
-    if config.data == "gsm8k":
-        directory = Path(config.data_dir or HERE / "gsm8k")
+    directory = HERE / (config.data or "data")            # an absolute path stays what it is
     return read_problems(directory / "train.jsonl"), read_problems(directory / "test.jsonl")
 
 
 def read_problems(path):
     """Problems from JSON Lines with question and answer; the result stands after ####."""
-    problems = []
+    problems, number = [], 0
     try:
-        for line in path.read_text(encoding="utf8").removesuffix("\n").split("\n"):
-            record = json.loads(line)
+        lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+        for number, line in [pair for pair in lines if pair[1].strip()] or [(1, "")]:
+            record = json.loads(line, object_pairs_hook=no_duplicates)
             question, answer = record["question"], record["answer"]
             result = result_of(answer, thinks=False)
             # Half of a surrogate pair ("\ud800") is no text: no file can hold it
@@ -752,18 +808,24 @@ def read_problems(path):
             # GSM8K writes 16-3=<<16-3=13>>13, the small problems 16-3=13
             problems.append(Problem(question, result, answer.count("<<") or answer.count("=")))
     except Exception as problem:      # Python raises many kinds; the remedy is one
-        fetch = [sys.executable, str(HERE / "get_gsm8k.py"), "--data-dir", str(path.parent)]
-        fail(f"{path}, line {len(problems) + 1} ({type(problem).__name__}: {problem}): needs JSON "
-             f"with question, answer, #### and a number. GSM8K is fetched by {shlex.join(fetch)}")
+        fail(f"{path}, line {number} ({type(problem).__name__}: {problem}): needs JSON with "
+             "question, answer, #### and a number; get_gsm8k.py fetches GSM8K")
     return problems
+
+
+def no_duplicates(pairs):
+    """The keys and values of a JSON object as a dictionary; an error where a key comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
 
 
 def check_context(model, tokenizer, problems, config):
     """Ends with an error if a problem and its answer would not fit into the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = getattr(model.config, "max_position_embeddings", None) or 0
     prompts = [prompt_text(tokenizer, problem.question, config.instruction) for problem in problems]
     longest = prompt_tokens(tokenizer, prompts)[0].shape[1]
-    if longest + config.max_new_tokens > context:
+    if 0 < context < longest + config.max_new_tokens:
         fail(f"{longest} tokens of a problem ({max(prompts, key=len)[:40]!r}) and --max-new-tokens "
              f"{config.max_new_tokens} exceed the model's context of {context}")
 
@@ -802,14 +864,6 @@ def table_line(row=None, left=0):
     return " ".join(f"{cell:>8}" for cell in cells)
 
 
-def show_answer(log, terms, problem, text, shown):
-    """If there was no update: why. If shown: one problem with its answer."""
-    if not terms["trained"]:
-        log(f"    {terms['correct'] or 'no'} correct answers in the batch: no update")
-    if shown:
-        log(f"    {problem.question} [{problem.result}]\n    -> {' '.join(text.split())[:200]}")
-
-
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -826,13 +880,11 @@ def write(path, content):
 def write_table(path, rows):
     """Rows as CSV, six significant digits; a row may lack columns that others have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    lines = [names]
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, text.getvalue())
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def save(model, tokenizer, directory):
@@ -865,13 +917,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
+        if saved["state"]["processes"] == processes:  # else its problems would be other ones
+            return saved["state"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if state.get("processes") != processes:
-        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
-             f"{processes}; its problems would be other ones")
-    return state
+    fail(f"--resume {out}: that run has another number of processes than {processes}")
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -888,13 +938,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits) or 'finite'}, not {value}")
+        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
+            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
+                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
     check_together(config)
 
 
@@ -904,7 +950,7 @@ def check_together(config):
         fail("--method dr_grpo compares answers to one problem: it needs --group-size 2 or more")
     if config.batch_size % config.group_size:
         fail(f"--batch-size {config.batch_size} is no multiple of --group-size {config.group_size}")
-    if config.broken in BREAKS[1:] and config.method == "dr_grpo":
+    if config.broken and config.method == "dr_grpo":
         fail(f"--break {config.broken} is for the other losses: give --method kl_correct, kl_batch")
 
 
@@ -914,44 +960,37 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}; see --help")
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="…")
         text = f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            algorithm.add_argument(flag_of(f), dest=f.name, action="store_true", help=text)
-        else:
-            text += f" (default {f.default})" if f.default != "" else ""
-            algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
-                                   metavar=f.type.__name__.upper())
+        text += f" (default {f.default})" if f.default not in ("", False) else ""
+        algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
     files = parser.add_argument_group("files")
-    files.add_argument("--preset", choices=PRESETS, help="a script of the thesis; flags win")
-    files.add_argument("--full-size", action="store_true", help="the thesis's model, data, sizes")
+    files.add_argument("--preset", choices=PRESETS, help="settings to start from; flags win")
     files.add_argument("--out", type=Path, help="the run's directory (runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                         help="auto: a GPU if there is one")
+    gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
+    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                         default="auto", help="auto: a GPU if there is one")
     machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
     machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not has.get(args.device, True):
-        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
     return given, args
 
 
 def new_run(given, args):
-    """The configuration of a new run: defaults, --full-size, --preset, --smoke, and the flags."""
-    smoke = dict(model="random", updates=2, batch_size=128, max_new_tokens=8, eval_every=1)
-    thesis = (FULL_SIZE if args.full_size else {}) | PRESETS.get(args.preset, {})
-    settings = thesis | (smoke if args.smoke else {}) | given
+    """The configuration of a new run: defaults, then --preset, --smoke, and the flags."""
+    smoke = dict(updates=2, batch_size=16, eval_every=1, eval_problems=8) if args.smoke else {}
+    settings = PRESETS.get(args.preset, {}) | smoke | given
+    if args.smoke and not (HERE / "weights" / "base").exists():
+        settings.setdefault("model", "random")
     if settings.get("method", "dr_grpo") != "dr_grpo":    # the others compare no answers
         settings.setdefault("group_size", 1)
-    if settings.get("data") == "gsm8k":
+    if Path(settings.get("data", "")).name == "gsm8k":
         settings.setdefault("instruction", "Think step by step, and end with #### and the number.")
-    if not settings.get("model") and not (HERE / "weights" / "base").exists():
-        fail(f"no model in {HERE / 'weights'}: make it with python make_base_models.py")
-    for name in ("model", "data", "data_dir"):            # --resume may start in another directory
-        if settings.get(name, "") not in ("", "gsm8k") and Path(settings[name]).exists():
+    for name in ("model", "data"):                        # --resume may start in another directory
+        if settings.get(name) and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     config = Config(**settings)
     check(config)
@@ -960,13 +999,12 @@ def new_run(given, args):
 
 def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
-    if given or args.out or args.smoke or args.preset or args.full_size:
-        fail("--resume takes everything from the run's directory; beside it only --device and "
-             "--quiet may be given")
+    if given or args.out or args.smoke or args.preset:
+        fail("--resume takes everything but --device and --quiet from the run's directory")
     args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
     try:
         config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         fail(f"--resume {args.out}: its config.json is not one of this version of the script")
     check(config)
     return config
@@ -982,21 +1020,9 @@ def newest_run(needed):
 
 def open_directory(out):
     """Makes the run's directory; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name, or go on "
-                 f"with it by --resume {out}")
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
-
-
-def command_of(config):
-    """The command line that makes a run of this configuration."""
-    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
-    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
-    words = [word.removesuffix(" True") for word in words]    # flags without a value
-    return " ".join(["python", Path(__file__).name, *words])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out} is not empty: choose another name, or go on with --resume {out}")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def start_judge(out, args):
@@ -1004,29 +1030,24 @@ def start_judge(out, args):
     judge. It writes eval.json and curve.png and prints the verdict."""
     script = HERE / "kl_bernoulli_eval.py"
     if not script.exists():
-        print(f"{script.name} is not beside this script, so nothing judges the run")
-        return
+        return print(f"{script.name} is not beside this script, so nothing judges the run")
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
+    raise SystemExit(subprocess.run(command).returncode)
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know §
     given, args = parse_args()
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # bf16 arithmetic on CUDA, but not for the small models
     half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
-    accelerator = Accelerator(cpu=args.device == "cpu",
+    # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
                               mixed_precision="bf16" if half else "no")
     processes = accelerator.num_processes
     if config.batch_size // config.group_size % processes:
-        fail(f"{config.batch_size // config.group_size} problems an update cannot be shared "
-             f"equally by {processes} processes; change --batch-size")
+        fail(f"{processes} processes cannot share the problems of an update: change --batch-size")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
     if accelerator.is_main_process and not args.resume:
@@ -1035,9 +1056,9 @@ def main():
 
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    log("Bernoulli KL · " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" · {accelerator.device} × {processes} · {config.method} · seed {config.seed}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    log(f"Bernoulli KL · {versions} · {accelerator.device} × {processes} · {config.method} · "
+        f"seed {config.seed}")
     log("expect with the default settings: 6 minutes, and greedily 55 % or more of new problems"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
@@ -1052,7 +1073,8 @@ def main():
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")
-        about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+        about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+                     seed=config.seed, versions=versions, result=result)
         write(out / "train.json", json.dumps(about, indent=1) + "\n")
         log(f"policy, best policy and tables are in {out}")
         if not args.smoke:
@@ -1060,8 +1082,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

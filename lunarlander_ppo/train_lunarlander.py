@@ -46,7 +46,6 @@ velocity (2 each), angle, angular velocity, and for each leg whether it touches 
 # dependencies = ["torch==2.13.0", "gymnasium[box2d]==1.4.0", "numpy==2.4.6", "tqdm==4.70.1"]
 # ///
 import argparse
-import csv
 import io
 import json
 import math
@@ -536,13 +535,11 @@ def write(path, content):
 def write_table(path, rows):
     """Rows as CSV, six significant digits; a row may lack columns that others have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    lines = [names]
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, text.getvalue())
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def save(path, weights):
@@ -651,12 +648,11 @@ def new_run(given, args):
 def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke:
-        fail("--resume takes everything from the run's directory; beside it only --device and "
-             "--quiet may be given")
+        fail("--resume takes everything but --device and --quiet from the run's directory")
     args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
     try:
         config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         fail(f"--resume {args.out}: its config.json is not one of this version of the script")
     check(config)
     return config
@@ -682,19 +678,11 @@ def open_directory(out, config):
         fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
 
 
-def command_of(config):
-    """The command line that makes a run of this configuration."""
-    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
-    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
-    return " ".join(["python", Path(__file__).name, *words])
-
-
 def start_judge(out, args):
     """Starts the eval script on the run: it writes eval.json and curve.png, prints the verdict."""
     script = HERE / "lunarlander_eval.py"
     if not script.exists():
-        print(f"{script.name} is not beside this script, so nothing judges the run")
-        return
+        return print(f"{script.name} is not beside this script, so nothing judges the run")
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
     try:
         status = subprocess.run(command).returncode
@@ -705,9 +693,6 @@ def start_judge(out, args):
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know α
     given, args = parse_args()
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     torch.set_num_threads(1)          # the networks are too small to share between cores
@@ -718,9 +703,8 @@ def main():
         open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else tqdm.write
-    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-    log("PPO · " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" · {device} · seed {config.seed}")
+    versions = f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}"
+    log(f"PPO · {versions} · {device} · seed {config.seed}")
     log("expect with the default settings: about a minute, and a greedy return of 280"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
@@ -732,7 +716,8 @@ def main():
         words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
         print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(130)
-    about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+    about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+                 seed=config.seed, versions=versions, result=result)
     write(out / "train.json", json.dumps(about, indent=1) + "\n")
     log(f"weights and tables are in {out}")
     if not args.smoke:
@@ -740,8 +725,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

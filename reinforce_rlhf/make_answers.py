@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 
@@ -72,6 +73,11 @@ def answers_of(model, reference, tokenizer, judge, prompts, samples, config, see
 def pairs_of(judge, pairs, longest):
     """The pairs with margin and p (see above)."""
     prompts = [pair["prompt"] for pair in pairs]
+    rows = [judged_tokens(judge[1], prompts, [pair[side] for pair in pairs], longest)
+            for side in ("chosen", "rejected")]
+    # Answers that are equal after the cut to --max-length say nothing about the reward model
+    kept = [k for k in range(len(pairs)) if rows[0][k] != rows[1][k]]
+    pairs, prompts = [pairs[k] for k in kept], [prompts[k] for k in kept]
     chosen, rejected = [reward_logits(*judge, prompts, [pair[side] for pair in pairs], longest)
                         for side in ("chosen", "rejected")]             # [N, 1 or 10]
     margin = (reward_from_logits(chosen) - reward_from_logits(rejected)).tolist()
@@ -95,20 +101,20 @@ def prompt_tokens(tokenizer, prompts):
 
     Padded on the LEFT, so that all answers begin in the same column.
     """
+    end = tokenizer.eos_token_id
     chats = [as_messages(prompt) for prompt in prompts]
     if tokenizer.chat_template:
-        rows = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-                for chat in chats]
+        rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     else:
         texts = ["\n".join(message["content"] for message in chat) + "\n" for chat in chats]
-        rows = [tokenizer(text)["input_ids"] for text in texts]
-    T = max(len(row) for row in rows)
-    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
-    # be the end token, which also occurs as a real one
-    pad = tokenizer.eos_token_id
-    ids = [[pad] * (T - len(row)) + row for row in rows]
-    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+        # Some tokenizers close each text with the end token; an answer would come after the end
+        rows = [before_end(tokenizer(text)["input_ids"], end) for text in texts]
+    # Any token can pad, also the end token. The mask comes from lengths, not from `ids != end`: the
+    # end token also occurs as a real one
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
+    mask = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(mask, batch_first=True, padding_side="left")
 
 
 def answer_texts(tokenizer, completion_ids, completion_mask):
@@ -147,10 +153,9 @@ def before_end(row, end):
 
 def pad_right(rows, pad):
     """Lists of ids as (ids [B, L], mask [B, L])."""
-    L = max(1, max(len(row) for row in rows))
-    ids = [row + [pad] * (L - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (L - len(row)) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def set_pooling(model, tokenizer):
@@ -214,10 +219,11 @@ def pair_loss(chosen, rejected, center, inverted=False):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer; a model may have several."""
-    others = getattr(model.generation_config, "eos_token_id", None) or []
-    others = others if isinstance(others, list) else [others]
-    return sorted({tokenizer.eos_token_id, *others})
+    """Ids that end an answer: a model may name several, and its chat format may use one more."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *named} - {None}
+    return sorted(end for end in ends if 0 <= end < model.config.vocab_size)
 
 
 def penalise(logits, seen, penalty):
@@ -397,11 +403,27 @@ def load_model(kind, name):
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def random_model(kind):
@@ -489,8 +511,8 @@ def read_rows(data, name):
     """The lines of a file of held-out data."""
     path = data / f"{name}.jsonl"
     try:
-        lines = path.read_text(encoding="utf8").removesuffix("\n").split("\n")
-        return [json.loads(line) for line in lines]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError):
         fail(f"{path} is missing or damaged; train the reward model again")
 
@@ -515,6 +537,11 @@ def save_rows(path, rows):
         fail(f"{path} cannot be written ({problem.strerror}); choose another file")
 
 
+def text(given):
+    """A flag's text. Half a character (a lone surrogate) is none: argparse refuses it."""
+    return given.encode().decode()
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
@@ -525,7 +552,7 @@ def parse_args():
     add("--reward-model", metavar="DIR", help="score with this one (default: the run's)")
     add("--out", type=Path, metavar="FILE", help="where the answers go")
     add("--pairs", type=Path, metavar="FILE", help="where the scores of the held-out pairs go")
-    add("--prompt", metavar="TEXT", help="answer this prompt only")
+    add("--prompt", type=text, metavar="TEXT", help="answer this prompt only")
     add("--samples", type=int, default=4, help="answers per prompt (default 4)")
     add("--seed", type=int, default=0, help="of the answers (default 0)")
     add("--smoke", action="store_true", help="answers of a random tiny model")
@@ -538,9 +565,6 @@ def parse_args():
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know "…"
     args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -553,14 +577,15 @@ def main():
     judge = load_judge(chosen)
     if args.out or args.smoke:
         policy, tokenizer = load_model(AutoModelForCausalLM, path)
-        start = config["model"] or HERE / "weights" / "sft"
+        start = Path(config["model"] or HERE / "weights" / "sft")
+        own = start.resolve() == HERE / "weights" / "sft"     # a model of the shipped world
         reference, _ = load_model(AutoModelForCausalLM, start)
         prompts = held_out_prompts(data, config, tokenizer, args.prompt)
         rows = []
         for name, model in (("sft", reference.eval()), ("trained", policy.eval())):
             answers = answers_of(model, reference, tokenizer, judge, prompts, args.samples, config,
                                  args.seed)
-            rows += [dict(model=name) | row for row in answers]
+            rows += [dict(model=name, world=own) | row for row in answers]
         if args.out:
             save_rows(args.out, rows)
     if args.pairs:
@@ -569,10 +594,12 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except KeyboardInterrupt:
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

@@ -264,7 +264,10 @@ def main():
     (out / "weights").mkdir(exist_ok=True)
     beside = out / "weights" / "sft.part"
     shutil.rmtree(beside, ignore_errors=True)
-    model.half().save_pretrained(beside)                          # half precision: half the size; loaded as fp32
+    # Half precision: half the size; loaded as fp32. It ends at 65,504, and beyond that is infinity
+    if any(parameter.abs().max() > 65504 for parameter in model.parameters()):
+        raise SystemExit("a weight is too large for half precision: make the model again with another --seed")
+    model.half().save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     flags = "".join(f" --{name} {getattr(args, name)}" for name in ("updates", "batch", "seed") if getattr(args, name) != parser.get_default(name))
     write(beside / "README.md", "---\nlicense: mit\n---\nA toy: explains 26 things in sentences it knows by heart, sometimes badly. Made by `python make_base_models.py` for the RLHF lesson; of no other use.\n")

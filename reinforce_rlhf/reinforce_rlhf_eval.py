@@ -99,9 +99,14 @@ def load_world():
 
 
 def read_answers(path, world):
-    """The rows of a file of answers (JSON Lines), each with its gold score."""
+    """The rows of a file of answers (JSON Lines), each with its gold score.
+
+    Gold speaks about answers of the shipped world's own models; None for those of others.
+    """
     rows = json_lines(path)
-    return [row | dict(gold=gold_score(world, row["prompt"], row["text"])) for row in rows]
+    golds = [gold_score(world, row["prompt"], row["text"]) if row.get("world", True) else None
+             for row in rows]
+    return [row | dict(gold=gold) for row, gold in zip(rows, golds)]
 
 
 # ---- the SFT model against the trained one ------------------------------------------------------
@@ -202,13 +207,13 @@ def judge_pairs(rows, world):
     """The figures of a reward model from its margins and chances p on held-out pairs.
 
     accuracy: share in the order of gold, ties in gold left out; of the annotators, where there is
-    no gold. ece: mean distance between confidence and share right, in ten bins of equal width,
-    against the annotators.
+    no gold. Equal rewards count half. ece: mean distance between confidence and share right, in ten
+    bins of equal width, against the annotators.
     """
     margin, p = np.array(column(rows, "margin")), np.array(column(rows, "p"))         # [N]
-    right, gold = margin > 0, gold_margins(rows, world)
-    counted = right if gold is None else (right == (gold > 0))[gold != 0]
-    accuracy, low, high = wilson(int(counted.sum()), max(1, len(counted)))
+    right, gold = (np.sign(margin) + 1) / 2, gold_margins(rows, world)                # 0, ½ or 1
+    counted = right if gold is None else np.where(gold > 0, right, 1 - right)[gold != 0]
+    accuracy, low, high = wilson(counted.sum(), max(1, len(counted)))
     confidence = np.maximum(p, 1 - p)                                   # [N], ½ … 1
     bins = np.minimum((confidence * 20).astype(int), 19)                # 10 … 19
     ece = 0.0
@@ -328,13 +333,12 @@ def start_answers(flags):
     script = HERE / "make_answers.py"
     if not script.exists():
         fail(f"{script.name} is not beside this script, and it samples the answers")
-    status = subprocess.run([sys.executable, str(script), *map(str, flags)]).returncode
-    if status:
+    if status := subprocess.run([sys.executable, str(script), *map(str, flags)]).returncode:
         raise SystemExit(status)
 
 
 def json_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
 
 
 def answers_and_pairs(flags, world, answers=True):
@@ -356,17 +360,21 @@ def made_up():
     return [row], [row], [pair]
 
 
+def text(given):
+    """A flag's text. Half a character (a lone surrogate) is none: argparse refuses it."""
+    return given.encode().decode()
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
-    add = parser.add_argument_group("what is judged").add_argument
+    add = parser.add_argument
     add("--weights", default=str(HERE / "weights" / "policy_level1"),
         metavar="PATH|DIR|latest|random", help="which policy (default: the shipped one)")
     add("--run", metavar="DIR|latest", help="a finished run of either trainer: eval.json and "
         "curve.png go into its directory")
     add("--reward-model-report", action="store_true", help="reward models: the shipped ones, or "
         "that of --reward-model")
-    add = parser.add_argument_group("how").add_argument
     add("--level", type=int, choices=(1, 2), help="by the shipped reward model of this level "
         "(default: the run's)")
     add("--reward-model", metavar="DIR", help="by this reward model")
@@ -374,7 +382,7 @@ def parse_args():
     add("--seed", type=int, help="of the answers (default 0, with --run its own)")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     add("--show", type=int, default=0, metavar="N", help="print answers to N prompts")
-    add("--prompt", metavar="TEXT", help="print one answer of each model to this prompt")
+    add("--prompt", type=text, metavar="TEXT", help="print one answer of each model to this prompt")
     add("--smoke", action="store_true", help="judge two made-up answers")
     add("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
@@ -395,9 +403,6 @@ def report(args, world):
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know "…"
     args, world = parse_args(), load_world()
     if args.reward_model_report:
         return report(args, world)
@@ -436,10 +441,12 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except KeyboardInterrupt:
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

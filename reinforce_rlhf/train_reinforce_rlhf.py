@@ -46,11 +46,10 @@ S answers that are still being written.
 import argparse
 import contextlib
 import copy
-import csv
 import datetime
-import io
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -67,6 +66,7 @@ import transformers
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
@@ -123,12 +123,10 @@ class Config:
 def load_policy(config):
     """(model, tokenizer) that training starts from: in fp32, without dropout."""
     model, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "sft")
-    if tokenizer.eos_token_id is None:
-        fail(f"model {config.model}: its tokenizer has no end-of-sequence token, so an answer "
-             "would have no end; choose another one")
     # The policy that samples and the one that is trained must be the same function
     remove_dropout(model)
-    return model.eval(), tokenizer
+    check_policy(model.eval(), tokenizer, config.model)
+    return model, tokenizer
 
 
 def remove_dropout(model):
@@ -140,19 +138,21 @@ def remove_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def load_prompts(config, reward_model, policy, tokenizer):
+def load_prompts(config, reward_model, policy, judge, tokenizer):
     """The prompts that the reward model was trained on, without those too long for an answer.
 
     Elsewhere its scores would mean little. The shipped ones were trained on the folder data.
     """
-    context = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    if config.max_length > context:
-        fail(f"--max-length {config.max_length} exceeds the model's context of {context} tokens")
+    for model in (policy, judge):
+        context = getattr(model.config, "max_position_embeddings", None) or 0
+        if 0 < context < config.max_length:
+            fail(f"--max-length {config.max_length} exceeds the context of {context} tokens")
     if config.model == "random":
         return ["What is sleep?", "Tell me about music.", "Describe gravity."]
     data = reward_model.parent / "data"
     file = (data if data.is_dir() else HERE / "data") / "prompts_train.jsonl"
-    prompts = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()]
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    prompts = [json.loads(line) for line in lines if line.strip()]
     longest = config.max_length - config.max_new_tokens
     lengths = [prompt_tokens(tokenizer, [prompt])[0].shape[1] for prompt in prompts]
     prompts = [prompt for prompt, length in zip(prompts, lengths) if length <= longest]
@@ -195,20 +195,20 @@ def prompt_tokens(tokenizer, prompts):
 
     Padded on the LEFT, so that all answers begin in the same column.
     """
+    end = tokenizer.eos_token_id
     chats = [as_messages(prompt) for prompt in prompts]
     if tokenizer.chat_template:
-        rows = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-                for chat in chats]
+        rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     else:
         texts = ["\n".join(message["content"] for message in chat) + "\n" for chat in chats]
-        rows = [tokenizer(text)["input_ids"] for text in texts]
-    T = max(len(row) for row in rows)
-    # Any token can pad. The mask comes from lengths, not from `ids != pad`: the padding token may
-    # be the end token, which also occurs as a real one
-    pad = tokenizer.eos_token_id
-    ids = [[pad] * (T - len(row)) + row for row in rows]
-    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+        # Some tokenizers close each text with the end token; an answer would come after the end
+        rows = [before_end(tokenizer(text)["input_ids"], end) for text in texts]
+    # Any token can pad, also the end token. The mask comes from lengths, not from `ids != end`: the
+    # end token also occurs as a real one
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
+    mask = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(mask, batch_first=True, padding_side="left")
 
 
 def judged_tokens(tokenizer, prompts, answers, longest):
@@ -239,10 +239,9 @@ def before_end(row, end):
 
 def pad_right(rows, pad):
     """Lists of ids as (ids [B, L], mask [B, L])."""
-    L = max(1, max(len(row) for row in rows))
-    ids = [row + [pad] * (L - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (L - len(row)) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 @torch.no_grad()
@@ -329,10 +328,11 @@ def penalise(logits, seen, penalty):
 # ---- sampling answers -------------------------------------------------------------------------
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer; a model may have several."""
-    others = getattr(model.generation_config, "eos_token_id", None) or []
-    others = others if isinstance(others, list) else [others]
-    return sorted({tokenizer.eos_token_id, *others})
+    """Ids that end an answer: a model may name several, and its chat format may use one more."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *named} - {None}
+    return sorted(end for end in ends if 0 <= end < model.config.vocab_size)
 
 
 def seen_tokens(ids, mask, vocabulary):
@@ -569,7 +569,7 @@ def train(config, out, accelerator, log=print, bar=False):
     policy, tokenizer = load_policy(config)
     reward_model = Path(config.reward_model or out / PART_1)
     judge = load_reward_model(reward_model, config.level, accelerator.device)
-    prompts = load_prompts(config, reward_model, policy, tokenizer)
+    prompts = load_prompts(config, reward_model, policy, judge[0], tokenizer)
     # Before a checkpoint is loaded: the reference is where the run has STARTED
     reference = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
     # Adam remembers the size of the gradients for some 20 steps (second beta .95): a run has 40. No
@@ -687,8 +687,7 @@ def distinct2(texts):
 
 def start_reward_model(config, directory, args):
     """Part 1: starts train_reward_model.py with this run's settings, a process of its own."""
-    if not config.reward_model:
-        shutil.rmtree(directory, ignore_errors=True)  # what an interrupted run has left
+    shutil.rmtree(directory, ignore_errors=True)      # what an interrupted run has left
     command = [sys.executable, str(HERE / "train_reward_model.py"), "--out", str(directory),
                "--device", args.device] + ["--quiet"] * args.quiet + ["--smoke"] * args.smoke
     for name in ("level", "seed", "model", "dataset", "max_length", "config"):
@@ -704,11 +703,53 @@ def load_model(kind, name):
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_policy(model, tokenizer, name):
+    """Ends with an error unless sampling, loss and a plain forward pass agree about a model.
+
+    Two prompts of different length are answered in one padded batch. The log-probabilities of the
+    sampler and of the loss must be those of each text alone, without padding and without a cache.
+    """
+    try:
+        ids, mask = prompt_tokens(tokenizer, ["Hi.", "What is sleep, and why do people need it?"])
+        answers, answer_mask, sampled = generate(
+            model, ids, mask, 1, 4, 1.0, 1.0, end_tokens(model, tokenizer), torch.Generator())
+        batch = dict(prompt_ids=ids, prompt_mask=mask, completion_ids=answers,
+                     completion_mask=answer_mask)
+        scored, plain = completion_logprobs(model, batch, 1.0, 1.0), torch.zeros_like(sampled)
+        for k, n in enumerate(answer_mask.sum(dim=1).int()):
+            text = torch.cat([ids[k, mask[k] > 0], answers[k, :n]])
+            logprobs = model(input_ids=text[None]).logits[0, :-1].float().log_softmax(dim=-1)
+            plain[k, :n] = logprobs.gather(1, text[1:, None])[-n:, 0]
+        gap = max((scored - sampled).abs().max(), (plain - sampled).abs().max())
+        if not gap < 1e-3:
+            raise ValueError(f"padding or cache change its log-probabilities by {gap:.2g} nats")
+    except Exception as problem:      # a token without a row in the embedding, no cache, …
+        fail(f"model {name} cannot be trained ({' '.join(str(problem).split())[:150]}): it needs a "
+             "key-value cache, position ids, an end token, and an embedding for each of its tokens")
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def random_model(kind):
@@ -786,13 +827,11 @@ def write(path, content):
 def write_table(path, rows):
     """Rows as CSV, six significant digits; a row may lack columns that others have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    lines = [names]
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, text.getvalue())
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def save(model, tokenizer, directory):
@@ -824,13 +863,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
+        if saved["state"]["processes"] == processes:  # else its prompts would be other ones
+            return saved["state"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if state.get("processes") != processes:
-        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
-             f"{processes}; its prompts would be other ones")
-    return state
+    fail(f"--resume {out}: that run has another number of processes than {processes}")
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -847,13 +884,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
+            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
+                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
     check_together(config)
 
 
@@ -865,35 +898,24 @@ def check_together(config):
         fail(f"--batch-size {config.batch_size} is no multiple of --group-size {config.group_size}")
 
 
-# Keys of a --config file that have another name here
-RENAMED = dict(sft_model_name="model", dataset_name="dataset", num_iterations="updates",
-               learning_rate="lr", kl_coefficient="kl_coef", validation_interval="save_every",
-               output_dir="out")
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which no key may come twice."""
+    def construct_mapping(self, node, deep=False):
+        if len({key.value for key, _ in node.value}) < len(node.value):
+            raise ValueError("a key comes twice")
+        return super().construct_mapping(node, deep)
 
 
-def read_config(path):
-    """The flags that a YAML file stands for; relative paths are meant from its own directory.
-
-    Its part reward_model is for train_reward_model.py, which gets the file too.
-    """
+def read_config(path, part):
+    """The flags that a YAML file stands for: those for both scripts, and those of its `part`."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-        part_1, part_2, _ = [content.pop(name, {}) or {}
-                             for name in ("reward_model", "reinforce", "dataset_split")]
-        content = content | part_2
-        if part_1.get("output_dir"):
-            content["reward_model"] = f"{part_1['output_dir']}/reward_model"
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), StrictLoader)
+        parts = {name: content.pop(name, None) or {} for name in ("part_1", "part_2")}
+        return [f"--{name.replace('_', '-')}={value}"
+                for name, value in (content | parts[part]).items()]
     except Exception as problem:      # YAML has many kinds of errors; the remedy is one
         fail(f"--config {path} must be a YAML file with keys and values, such as seed: 1 "
-             f"({type(problem).__name__})")
-    words = []
-    for key, value in content.items():
-        name = RENAMED.get(key, str(key))
-        if name in ("model", "dataset", "reward_model", "out") and value:
-            beside = (Path(path).parent / str(value)).resolve()
-            value = beside if name in ("reward_model", "out") or beside.exists() else value
-        words += ["--" + name.replace("_", "-"), str(value)] if value != "" else []
-    return words
+             f"({' '.join(str(problem).split())[:150]})")
 
 
 def parse_args():
@@ -904,34 +926,33 @@ def parse_args():
     for f in fields(Config):
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default {f.default})" if f.default != "" else ""
-        algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
-                               metavar=f.type.__name__.upper())
+        algorithm.add_argument(flag_of(f), dest=f.name, help=text, type=f.type, metavar="…")
     files = parser.add_argument_group("files")
+    files.add_argument("--preset", choices=("full_size", "smollm2"), help="a shipped --config")
     files.add_argument("--out", type=Path, help="run's directory (default: runs/<time>_seed<k>)")
     part = files.add_mutually_exclusive_group()
     part.add_argument("--only-reward-model", action="store_true", help="stop after part 1")
     part.add_argument("--skip-reward-training", action="store_true", help="part 2 only")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")
+    gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
+    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                         help="default: auto, a GPU if there is one")
     machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
     machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
-    file = parser.parse_args(read_config(given["config"]) if "config" in given else [])
+    given |= dict(config=str(HERE / f"config_{args.preset}.yaml")) if args.preset else {}
+    file = parser.parse_args(read_config(given["config"], "part_2") if "config" in given else [])
     args.settings = {f.name: vars(file)[f.name] for f in fields(Config) if f.name in vars(file)}
     args.out, args.device = args.out or file.out, args.device or file.device or "auto"
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not has.get(args.device, True):
-        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
     return given, args
 
 
 def new_run(given, args):
     """The configuration of a new run: defaults, then --config, --smoke, and the flags."""
     alone = not (HERE / "train_reward_model.py").exists()
-    smoke = dict(model="random", reward_model="random" * alone, updates=2, batch_size=4,
-                 max_new_tokens=8)
+    smoke = dict(model="random", reward_model="random" * alone, updates=2, batch_size=4)
     config = Config(**args.settings | (smoke if args.smoke else {}) | given)
     config.group_size = config.group_size or (4 if config.estimator == "rloo" else 1)
     check(config)
@@ -947,12 +968,11 @@ def new_run(given, args):
 def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.skip_reward_training:
-        fail("--resume takes everything from the run's directory; beside it only --device and "
-             "--quiet may be given")
+        fail("--resume takes everything but --device and --quiet from the run's directory")
     args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
     try:
         config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         fail(f"--resume {args.out}: its config.json is not one of this version of the script")
     check(config)
     return config
@@ -968,21 +988,10 @@ def newest_run(needed):
 
 def open_directory(out, config):
     """Makes the run's directory with its config.json; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name, or go on "
-                 f"with it by --resume {out}")
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
-
-
-def command_of(config):
-    """The command line that makes a run of this configuration."""
-    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
-    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
-    return " ".join(["python", Path(__file__).name, *words])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out} is not empty: choose another name, or go on with --resume {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
 
 
 def start_judge(out, args):
@@ -990,17 +999,12 @@ def start_judge(out, args):
     judge. It writes eval.json and curve.png and prints the verdict."""
     script = HERE / "reinforce_rlhf_eval.py"
     if not script.exists():
-        print(f"{script.name} is not beside this script, so nothing judges the run")
-        return
+        return print(f"{script.name} is not beside this script, so nothing judges the run")
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
+    raise SystemExit(subprocess.run(command).returncode)
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know β
     given, args = parse_args()
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
@@ -1009,27 +1013,26 @@ def main():
     half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
     # The other processes wait while one trains the reward model: longer than the usual 10 minutes
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
-    accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience],
-                              mixed_precision="bf16" if half else "no")
+    # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
+                              mixed_precision="bf16" if half else "no", kwargs_handlers=[patience])
     processes = accelerator.num_processes
     if config.batch_size // config.group_size % processes:
-        fail(f"{config.batch_size // config.group_size} prompts an update cannot be shared equally "
-             f"by {processes} processes; change --batch-size")
+        fail(f"{processes} processes cannot share the prompts of an update: change --batch-size")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
     if accelerator.is_main_process and not args.resume:
         open_directory(out, config)
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    log("REINFORCE · " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" · {accelerator.device} × {processes} · seed {config.seed}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    log(f"REINFORCE · {versions} · {accelerator.device} × {processes} · seed {config.seed}")
     log("expect with the default settings: 6 minutes, and a win rate above 80 %"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
-    reward_model = Path(config.reward_model or out / PART_1)
+    made = config.reward_model or (out / PART_1).is_dir()
     try:
-        if accelerator.is_main_process and not (args.skip_reward_training or reward_model.is_dir()):
-            start_reward_model(config, reward_model.parent, args)
+        if accelerator.is_main_process and not made:
+            start_reward_model(config, (out / PART_1).parent, args)
         accelerator.wait_for_everyone()
         if args.only_reward_model:
             return
@@ -1044,7 +1047,8 @@ def main():
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")
-        about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+        about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+                     seed=config.seed, versions=versions, result=result)
         write(out / "train.json", json.dumps(about, indent=1) + "\n")
         log(f"policy, tables and samples are in {out}")
         if not args.smoke:
@@ -1052,8 +1056,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

@@ -38,12 +38,12 @@ Shapes: B pairs, so 2B texts of at most L tokens, prompt and answer together; 1 
 import argparse
 import contextlib
 import copy
-import csv
-import io
 import json
 import logging
 import math
+import operator
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -56,6 +56,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -136,9 +137,9 @@ def load_classifier(config):
     thousand pairs suffice.
     """
     policy, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "sft")
-    context = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    if config.max_length > context:
-        fail(f"--max-length {config.max_length} exceeds the model's context of {context} tokens")
+    if config.max_length > context_of(policy):
+        fail(f"--max-length {config.max_length} exceeds the model's context of "
+             f"{context_of(policy)} tokens")
     settings = copy.deepcopy(policy.config)
     settings.num_labels = 1 if config.level == 1 else 10
     torch.manual_seed(config.seed)    # a random classifier, whose trunk then gets the known weights
@@ -200,10 +201,27 @@ def before_end(row, end):
 
 def pad_right(rows, pad):
     """Lists of ids as (ids [B, L], mask [B, L])."""
-    L = max(1, max(len(row) for row in rows))
-    ids = [row + [pad] * (L - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (L - len(row)) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def encode(tokenizer, pairs, longest, log):
+    """Chosen and rejected answers as lists of ids, without the pairs that are equal.
+
+    The reward model gives equal ids equal rewards, so such a pair teaches nothing. Answers that
+    begin alike may become equal when they are cut to `longest` tokens.
+    """
+    asked = [pair["prompt"] for pair in pairs]
+    chosen = judged_tokens(tokenizer, asked, [pair["chosen"] for pair in pairs], longest)
+    rejected = judged_tokens(tokenizer, asked, [pair["rejected"] for pair in pairs], longest)
+    different = [k for k in range(len(pairs)) if chosen[k] != rejected[k]]
+    if not different:
+        fail(f"chosen and rejected are equal in all pairs, cut to --max-length {longest} tokens")
+    if len(different) < len(pairs):
+        log(f"left out: {len(pairs) - len(different)} of {len(pairs)} pairs, whose answers are "
+            f"equal (cut to --max-length {longest} tokens)")
+    return [chosen[k] for k in different], [rejected[k] for k in different]
 
 
 # ---- the mathematics: tensors in, tensors out -------------------------------------------------
@@ -308,11 +326,10 @@ def train(config, out, device, log=print, bar=False):
     write_data(out / "data", pairs, held_out, prompts)
     model, tokenizer = load_classifier(config)
     model.to(device)
-    asked = [pair["prompt"] for pair in pairs]
-    chosen, rejected = [judged_tokens(tokenizer, asked, [pair[side] for pair in pairs],
-                                      config.max_length) for side in ("chosen", "rejected")]
+    check_chats(tokenizer, pairs + held_out)
+    chosen, rejected = encode(tokenizer, pairs, config.max_length, log)
     lengths = np.array([max(len(c), len(r)) for c, r in zip(chosen, rejected)])
-    size = min(config.batch_size, len(pairs))
+    size = min(config.batch_size, len(chosen))
     batches = sample_batches(lengths, size, config.epochs, config.seed)
     # Adam remembers the size of the gradients for some 50 steps (second beta .98). Weight decay
     # works against learning the pairs by heart: each comes several times
@@ -320,7 +337,7 @@ def train(config, out, device, log=print, bar=False):
                                   weight_decay=0.01)
     # 16-bit arithmetic on CUDA, but not for the small models
     use_bf16 = device.type == "cuda" and config.model not in ("random", "")
-    log(f"{model.num_parameters():,} parameters · {len(pairs):,} pairs × {config.epochs}, "
+    log(f"{model.num_parameters():,} parameters · {len(chosen):,} pairs × {config.epochs}, "
         f"{len(batches)} updates of {size}")
     log(table_line())
     rows, clock = [], []
@@ -340,7 +357,7 @@ def train(config, out, device, log=print, bar=False):
             log(table_line(recent(rows, clock, tenth), left=len(batches) - number))
     write_table(out / "metrics.csv", rows)
     write_table(out / "timing.csv", clock)
-    return model, tokenizer, dict(updates=len(rows), pairs=len(pairs),
+    return model, tokenizer, dict(updates=len(rows), pairs=len(chosen),
                                   train_seconds=sum(row["seconds"] for row in clock))
 
 
@@ -359,19 +376,29 @@ def recent(rows, clock, count):
 def read_lines(path, check_line):
     """What `check_line` makes of every line of a file of JSON Lines; an error names the line."""
     try:
-        text = path.read_text(encoding="utf8").removesuffix("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         fail(f"data file {path} cannot be read ({type(problem).__name__}); it must hold one JSON "
              "object per line")
     found = []
     for number, line in enumerate(text.split("\n"), 1):      # splitlines() knows other breaks too
         try:
-            found.append(check_line(json.loads(line)))
+            if line.strip():
+                found.append(check_line(json.loads(line, object_pairs_hook=no_duplicates)))
         except (json.JSONDecodeError, RecursionError):
-            fail(f"{path}, line {number}: {'no valid JSON' if line.strip() else 'it is empty'}")
+            fail(f"{path}, line {number}: no valid JSON")
         except ValueError as problem:
             fail(f"{path}, line {number}: {problem}")
+    if not found:
+        fail(f"{path} is empty")
     return found
+
+
+def no_duplicates(pairs):
+    """The keys and values of a JSON object as a dictionary; an error where a key comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
 
 
 def read_pairs(path):
@@ -405,8 +432,13 @@ def checked_pair(record):
                          f"{json.dumps(record)[:40]}")
     prompts = []
     for side in ("chosen", "rejected"):
+        if "prompt" not in record and str(record.get(side)).lstrip().startswith("Human:"):
+            record = record | {side: transcript(record[side])}
+    for side in ("chosen", "rejected"):
         if isinstance(record.get(side), list):
             *asked, answer = checked_messages(record[side], side)
+            if answer["role"] != "assistant":
+                raise ValueError(f"{side} must end with the role assistant, not {answer['role']}")
             record = record | {"prompt": asked, side: answer["content"]}
             prompts.append(asked)
     if prompts and prompts[0] != prompts[-1]:
@@ -428,6 +460,14 @@ def checked_pair(record):
         if "\ud800" <= sign <= "\udfff":
             raise ValueError("a text has half a character (surrogates)")
     return {name: record[name] for name in ("prompt", "chosen", "rejected")}
+
+
+def transcript(text):
+    """"Human: … Assistant: …" as messages: the format of Anthropic's preference data (HH-RLHF)."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.strip())[1:]      # role, text, role, …
+    roles = dict(Human="user", Assistant="assistant")
+    return [dict(role=roles[role], content=said.strip())
+            for role, said in zip(parts[::2], parts[1::2])]
 
 
 def checked_messages(messages, name):
@@ -468,17 +508,47 @@ def write_data(directory, pairs, held_out, prompts):
 
 # ---- models, console, files -------------------------------------------------------------------
 
+def check_chats(tokenizer, pairs):
+    """Ends with an error where the chat format refuses a conversation, or loses a message of it."""
+    for pair in pairs if tokenizer.chat_template else []:
+        chat = as_messages(pair["prompt"]) + [dict(role="assistant", content=pair["chosen"])]
+        roles = " ".join(message["role"] for message in chat)
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+        except Exception as problem:  # the template's own error
+            fail(f"the model's chat format refuses the roles {roles} ({problem})")
+        for message in chat:
+            if message["content"].strip() not in text:
+                fail(f"the model's chat format loses a message: the roles are {roles}, and it "
+                     "knows others; rename them in the data")
+
+
 def load_model(kind, name):
     """(model, tokenizer) from a path or a hub name; "random": tiny and untrained, for --smoke."""
     if str(name) == "random":
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+def context_of(model):
+    """How many tokens a model can read; a million where its configuration sets no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        # RoBERTa and its like number places from 2 on (padding_idx + 1), so 514 rows hold 512
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            limit = module.num_embeddings - module.padding_idx - 1
+    return limit if limit > 0 else 10**6
 
 
 def random_model(kind):
@@ -521,13 +591,11 @@ def write(path, content):
 def write_table(path, rows):
     """Rows as CSV, six significant digits; a row may lack columns that others have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    lines = [names]
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, text.getvalue())
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def save(model, tokenizer, directory):
@@ -554,13 +622,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
+            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
+                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
     check_together(config)
 
 
@@ -570,32 +634,24 @@ def check_together(config):
         fail("--break upper-triangle breaks the loss of the ten grades: it needs --level 2")
 
 
-# Keys of a --config file that have another name here
-RENAMED = dict(sft_model_name="model", dataset_name="dataset", dataset_split="split",
-               num_train_epochs="epochs", learning_rate="lr", center_coefficient="center",
-               output_dir="out")
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which no key may come twice."""
+    def construct_mapping(self, node, deep=False):
+        if len({key.value for key, _ in node.value}) < len(node.value):
+            raise ValueError("a key comes twice")
+        return super().construct_mapping(node, deep)
 
 
-def read_part_1(path):
-    """The flags that a YAML file stands for; relative paths are meant from its own directory.
-
-    Its part reinforce is for train_reinforce_rlhf.py.
-    """
+def read_config(path, part):
+    """The flags that a YAML file stands for: those for both scripts, and those of its `part`."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-        part_1, _ = [content.pop(name, {}) or {} for name in ("reward_model", "reinforce")]
-        content = content | part_1
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), StrictLoader)
+        parts = {name: content.pop(name, None) or {} for name in ("part_1", "part_2")}
+        return [f"--{name.replace('_', '-')}={value}"
+                for name, value in (content | parts[part]).items()]
     except Exception as problem:      # YAML has many kinds of errors; the remedy is one
         fail(f"--config {path} must be a YAML file with keys and values, such as seed: 1 "
-             f"({type(problem).__name__})")
-    words = []
-    for key, value in content.items():
-        name = RENAMED.get(key, str(key))
-        if name in ("model", "dataset", "out") and value:
-            beside = (Path(path).parent / str(value)).resolve()
-            value = beside if name == "out" or beside.exists() else value
-        words += ["--" + name.replace("_", "-"), str(value)] if value != "" else []
-    return words
+             f"({' '.join(str(problem).split())[:150]})")
 
 
 def parse_args():
@@ -606,26 +662,24 @@ def parse_args():
     for f in fields(Config):
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default {f.default})" if f.default != "" else ""
-        algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
-                               metavar=f.type.__name__.upper())
+        algorithm.add_argument(flag_of(f), dest=f.name, help=text, type=f.type, metavar="…")
     files = parser.add_argument_group("files")
     files.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win")
     files.add_argument("--out", type=Path, help="run's directory (default: runs/<time>_seed<k>)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")
+    gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
+    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                         help="default: auto, a GPU if there is one")
     machine.add_argument("--smoke", action="store_true", help="a tiny model: does it run?")
     machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
-    file = parser.parse_args(read_part_1(args.config) if args.config else [])
+    file = parser.parse_args(read_config(args.config, "part_1") if args.config else [])
     smoke = dict(model="random", epochs=1, batch_size=2) if args.smoke else {}
     given, settings = [{f.name: vars(found)[f.name] for f in fields(Config)
                         if f.name in vars(found)} for found in (args, file)]
     args.out, args.device = args.out or file.out, args.device or file.device or "auto"
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not has.get(args.device, True):
-        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
     if args.device == "auto":
-        args.device = next((name for name in has if has[name]), "cpu")
+        args.device = gpu.type if gpu else "cpu"
     config = Config(**settings | smoke | given)
     check(config)
     return config, args
@@ -633,20 +687,10 @@ def parse_args():
 
 def make_directory(out, config):
     """Makes the run's directory with its config.json; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name")
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
-
-
-def command_of(config):
-    """The command line that makes a run of this configuration."""
-    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
-    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
-    return " ".join(["python", Path(__file__).name, *words])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out} is not empty: choose another name")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
 
 
 def start_judge(out, args):
@@ -654,17 +698,12 @@ def start_judge(out, args):
     judge. It writes eval.json and curve.png and prints the verdict."""
     script = HERE / "reinforce_rlhf_eval.py"
     if not script.exists():
-        print(f"{script.name} is not beside this script, so nothing judges the run")
-        return
+        return print(f"{script.name} is not beside this script, so nothing judges the run")
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
+    raise SystemExit(subprocess.run(command).returncode)
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know ×
     config, args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -672,9 +711,8 @@ def main():
     out = args.out or HERE / "runs" / name
     make_directory(out, config)
     log = (lambda text: None) if args.quiet else tqdm.write
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    log("reward model · " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" · {args.device} · level {config.level}, seed {config.seed}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    log(f"reward model · {versions} · {args.device} · level {config.level}, seed {config.seed}")
     log("expect with the default settings: 3 minutes, and 80 % of the held-out pairs or more"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
@@ -686,7 +724,8 @@ def main():
         print("\ninterrupted: nothing is kept, start again", file=sys.stderr)
         raise SystemExit(130)
     save(model, tokenizer, out / "reward_model")
-    about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+    about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+                 seed=config.seed, versions=versions, result=result)
     write(out / "train.json", json.dumps(about, indent=1) + "\n")
     log(f"the reward model is in {out / 'reward_model'}")
     if not args.smoke:
@@ -694,8 +733,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

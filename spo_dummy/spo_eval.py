@@ -2,8 +2,7 @@
 
     python spo_eval.py                                     the shipped policy
     python spo_eval.py --samples 10                        and ten answers in its own words
-    python spo_eval.py --weights latest --bars bars.png    the policy you have just trained, drawn
-                                                           over π_ref and π*
+    python spo_eval.py --weights latest                    the policy that you have just trained
     python spo_eval.py --run latest                        what the trainer does at its end:
                                                            eval.json, curve.png, the verdict
 
@@ -20,6 +19,7 @@ Shapes: a prompt of T tokens; B or N answers of at most L tokens; V vocabulary.
 # ///
 import argparse
 import csv
+import functools
 import io
 import json
 import os
@@ -51,22 +51,18 @@ def prompt_tokens(tokenizer):
 
 
 def answer_tokens(tokenizer, texts):
-    """Each answer as a tuple of token ids, with ONE end token.
-
-    A chat template may put more after the end token (Qwen: a newline). That does not belong to the
-    answer: the model never has to say it.
-    """
+    """Each answer as a tuple of token ids, with ONE end token."""
     if not texts:
         return []
     different = list(dict.fromkeys(texts))            # each different text is tokenized once
     rows = tokenizer(different, add_special_tokens=False)["input_ids"]
-    answers = {text: (*row, tokenizer.eos_token_id) for text, row in zip(different, rows)}
+    answers = {text: (*row, end_token(tokenizer)) for text, row in zip(different, rows)}
     return [answers[text] for text in texts]
 
 
 def answer_text(tokenizer, answer):
     """The text of an answer. One without end token gets a mark, so that it counts as invalid."""
-    if answer[-1] == tokenizer.eos_token_id:
+    if answer[-1] == end_token(tokenizer):
         return tokenizer.decode(answer[:-1])
     return tokenizer.decode(answer) + "…"
 
@@ -80,6 +76,26 @@ def pad(answers, pad_id):
     ids = [[*answer] + [pad_id] * (L - len(answer)) for answer in answers]
     mask = [[1.0] * len(answer) + [0.0] * (L - len(answer)) for answer in answers]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+@functools.cache
+def digit_tokens(tokenizer):
+    """{digits: ids of the tokens that write them}"""
+    found = {}
+    for number in range(len(tokenizer)):
+        text = tokenizer.decode([number])
+        if re.fullmatch("[0-9]{1,3}", text, re.ASCII):
+            found.setdefault(text, []).append(number)
+    return found
+
+
+def spellings(tokenizer, text):
+    """All tuples of token ids that write a number; for "42" perhaps 42, and 4 and then 2."""
+    found = [()] if text == "" else []
+    for length in range(1, len(text) + 1):
+        for number in digit_tokens(tokenizer).get(text[:length], []):
+            found += [(number, *rest) for rest in spellings(tokenizer, text[length:])]
+    return [ids for ids in found if tokenizer.decode(ids) == text]
 
 
 def parse_guess(text):
@@ -173,15 +189,24 @@ def evaluate(logprobs, ref_logprobs, target, beta):
 
 @torch.no_grad()
 def enumerate_answers(model, tokenizer):
-    """log π [100] of the answers "1" … "100"."""
+    """log π [100] of the answers "1" … "100".
+
+    Some tokenizers can write a number in several ways: 42, or 4 and 2. All of them are paid, so the
+    probability of a number is the sum over its spellings.
+    """
     prompt_ids = prompt_tokens(tokenizer).to(model.device)
-    ids, mask = pad(answer_tokens(tokenizer, NUMBERS), tokenizer.eos_token_id)          # [100, L]
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    answers, numbers = [], []                         # S spellings; of which number each is, 0-99
+    for number, text in enumerate(NUMBERS):
+        for ids in spellings(tokenizer, text):
+            answers.append((*ids, end_token(tokenizer)))
+            numbers.append(number)
+    ids, mask = pad(answers, end_token(tokenizer))                      # [S, L]
+    ids, mask, numbers = [x.to(model.device) for x in (ids, mask, torch.tensor(numbers))]
     parts = []
-    for first in (0, 50):             # fifty at a time: a large model's logits need much memory
-        some = slice(first, first + 50)
+    for some in torch.arange(len(ids)).split(50):     # a large model's logits need much memory
         parts.append(completion_logprobs(model, prompt_ids, ids[some], mask[some]))
-    return torch.cat(parts)
+    logprobs = torch.cat(parts)                                         # [S]
+    return torch.stack([logprobs[numbers == k].logsumexp(dim=0) for k in range(100)])
 
 
 @torch.no_grad()
@@ -216,7 +241,7 @@ def generate(model, prompt_ids, count, end, generator):
 def own_answers(model, tokenizer, count, generator):
     """`count` answers of a model to the question."""
     prompt_ids = prompt_tokens(tokenizer).to(model.device)              # [1, T]
-    return generate(model, prompt_ids, count, tokenizer.eos_token_id, generator)
+    return generate(model, prompt_ids, count, end_token(tokenizer), generator)
 
 
 def load_model(kind, name):
@@ -225,17 +250,39 @@ def load_model(kind, name):
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+@functools.cache
+def end_token(tokenizer):
+    """The token that ends an answer: the one that the chat format writes there."""
+    return turn_end(tokenizer) or tokenizer.eos_token_id
 
 
 def random_model(kind):
     """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -277,8 +324,7 @@ def load_run(weights):
         config = json.loads((path.parent / "config.json").read_text(encoding="utf8"))
         start = config["model"]
     except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{path} is not the policy of a run of train_spo.py; omit --weights for the shipped "
-             "one")
+        fail(f"{path} is no policy of train_spo.py; omit --weights for the shipped one")
     policy, tokenizer = load_model(AutoModelForCausalLM, path)
     torch.manual_seed(config["seed"])         # for a "random" reference: the one of training
     reference, _ = load_model(AutoModelForCausalLM, start or HERE / "weights" / "base")
@@ -315,15 +361,13 @@ def judge_run(out, quiet):
     result = judge(logprobs, ref_logprobs, config["target"], config["beta"])
     write(out / "eval.json", json.dumps(result, indent=1) + "\n")
     write(out / "curve.png", draw_curve(rows, config))
-    if quiet:
-        return
+    log = (lambda text: None) if quiet else print
     verdict = "REACHED π*" if result["tv"] <= TARGET_TV else "NOT at π*"
-    print(f"{verdict}: total variation distance {result['tv']:.4f} (target {TARGET_TV}), mean "
-          f"distance {result['mean_distance']:.2f} (optimum {result['optimal_mean_distance']:.2f})"
-          f", {trained['train_seconds']:.0f} s of training")
-    words = [sys.executable, str(HERE / "spo_eval.py"), "--weights", str(out), "--bars",
-             str(out / "bars.png")]
-    print(f"Look at curve.png, then at the learned bars over the exact ones: {shlex.join(words)}")
+    log(f"{verdict}: total variation distance {result['tv']:.4f} (target {TARGET_TV}), mean "
+        f"distance {result['mean_distance']:.2f} (optimum {result['optimal_mean_distance']:.2f})"
+        f", {trained['train_seconds']:.0f} s of training")
+    words = [sys.executable, str(HERE / "spo_eval.py"), "--weights", str(out), "--samples", "10"]
+    log(f"Look at {out / 'curve.png'}, and at its answers: {shlex.join(words)}")
 
 
 # ---- showing ----------------------------------------------------------------------------------
@@ -348,27 +392,6 @@ def draw_curve(rows, config):
     return png_of(figure)
 
 
-def draw_bars(logprobs, ref_logprobs, target, beta):
-    """A PNG: π_ref, π_θ and π* over the hundred answers and "invalid"; Q_T against the reward."""
-    optimum = closed_form(ref_logprobs, target, beta)
-    places = np.arange(1, 102)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[2.4, 1],
-                                         layout="constrained")
-    left.bar(places, optimum["pi_ref"], width=1.0, color="C7", alpha=0.5, label="π_ref: before")
-    left.bar(places, all_outcomes(logprobs), width=0.8, color="C0", label="π_θ: learned")
-    left.stairs(optimum["pi_star"], np.arange(0.5, 102), color="C3", linewidth=1.2, baseline=None,
-                label="π*: exact optimum")
-    left.set(xlabel="answer (the last bar: everything invalid)", ylabel="probability",
-             xlim=(0, 102), title=f"target {target}, β {beta}")
-    left.legend(fontsize=8)
-    q_terminal, rewards = calibration(logprobs, ref_logprobs, target, beta)
-    right.plot([-1, 0], [-1, 0], color="C3", linewidth=1)
-    right.scatter(rewards, q_terminal, s=9, color="C0")
-    right.set(xlabel="reward r", ylabel="Q_T = Q0 + β·log-ratio",
-              title="what the policy says it will earn")
-    return png_of(figure)
-
-
 def png_of(figure):
     """A figure as the content of a PNG file."""
     picture = io.BytesIO()
@@ -379,47 +402,31 @@ def png_of(figure):
 
 # ---- command line -----------------------------------------------------------------------------
 
-def write_or_fail(flag, path, content):
-    try:
-        write(path, content)
-    except OSError as problem:
-        fail(f"{flag} {path} cannot be written ({problem.strerror}); choose another file")
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
-    what = parser.add_argument_group("whose policy")
-    what.add_argument("--weights", default=str(HERE / "weights"), metavar="PATH|DIR|latest|random",
-                      help="whose policy (default: the shipped one)")
-    what.add_argument("--run", metavar="DIR|latest",
-                      help="judge a finished run: eval.json and curve.png go into its directory")
-    showing = parser.add_argument_group("what to show")
-    showing.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    showing.add_argument("--samples", type=int, metavar="N", help="show N answers of the policy")
-    showing.add_argument("--seed", type=int, default=0, help="of --samples (default 0)")
-    showing.add_argument("--bars", type=Path, metavar="FILE",
-                         help="draw π_ref, π_θ and π*, and Q_T against the reward")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--smoke", action="store_true", help="a random model: does it run?")
-    machine.add_argument("--quiet", action="store_true", help="no output but errors")
+    add = parser.add_argument
+    add("--weights", default=str(HERE / "weights"), metavar="PATH|DIR|latest|random",
+        help="whose policy (default: the shipped one)")
+    add("--run", metavar="DIR|latest", help="judge a finished run: eval.json, curve.png, verdict")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add("--samples", type=int, metavar="N", help="show N answers of the policy")
+    add("--seed", type=int, default=0, help="of --samples (default 0)")
+    add("--smoke", action="store_true", help="a random model: does it run?")
+    add("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
-    for flag, path in (("--json", args.json), ("--bars", args.bars)):
-        if path and (os.path.isdir(path) or not os.path.isdir(path.absolute().parent)):
-            fail(f"{flag} {path} must be a file in a directory that exists")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        fail(f"--json {args.json} must be a file in a directory that exists")
     if args.samples is not None and not 1 <= args.samples <= 100_000:
         fail(f"--samples must be in 1 … 100000, not {args.samples}")
     if not 0 <= args.seed < 2**31:
         fail(f"--seed must be in 0 … 2147483647, not {args.seed}")
-    if args.run and (args.json or args.samples or args.bars or args.smoke):
+    if args.run and (args.json or args.samples or args.smoke):
         fail("--run judges a run and shows nothing else; for the other flags give --weights DIR")
     return args
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know π
     args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -443,19 +450,19 @@ def main():
         answers = own_answers(policy, tokenizer, args.samples, generator)
         result["samples"] = [answer_text(tokenizer, answer) for answer in answers]
         lines.append("samples: " + ", ".join(f'"{text}"' for text in result["samples"]))
-    if args.bars:
-        write_or_fail("--bars", args.bars, draw_bars(logprobs, ref_logprobs, target, beta))
     if args.json:
-        write_or_fail("--json", args.json, json.dumps(result, indent=1) + "\n")
+        write(args.json, json.dumps(result, indent=1) + "\n")
     if not args.quiet:
         print("\n".join(lines))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except KeyboardInterrupt:
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

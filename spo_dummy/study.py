@@ -194,20 +194,50 @@ def logprobs_of(directory):
     return enumerate_answers(model.eval(), tokenizer)
 
 
+def draw_bars(logprobs, ref_logprobs, target, beta):
+    """A PNG: π_ref, π_θ and π* over the hundred answers and "invalid"; Q_T against the reward."""
+    from spo_eval import all_outcomes, calibration, closed_form, np, plt, png_of
+    optimum = closed_form(ref_logprobs, target, beta)
+    places = np.arange(1, 102)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[2.4, 1],
+                                         layout="constrained")
+    left.bar(places, optimum["pi_ref"], width=1.0, color="C7", alpha=0.5, label="π_ref: before")
+    left.bar(places, all_outcomes(logprobs), width=0.8, color="C0", label="π_θ: learned")
+    left.stairs(optimum["pi_star"], np.arange(0.5, 102), color="C3", linewidth=1.2, baseline=None,
+                label="π*: exact optimum")
+    left.set(xlabel="answer (the last bar: everything invalid)", ylabel="probability",
+             xlim=(0, 102), title=f"target {target}, β {beta}")
+    left.legend(fontsize=8)
+    q_terminal, rewards = calibration(logprobs, ref_logprobs, target, beta)
+    right.plot([-1, 0], [-1, 0], color="C3", linewidth=1)
+    right.scatter(rewards, q_terminal, s=9, color="C0")
+    right.set(xlabel="reward r", ylabel="Q_T = Q0 + β·log-ratio",
+              title="what the policy says it will earn")
+    return png_of(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("directory", type=Path, nargs="?", help="where the runs and tables go")
     parser.add_argument("--q0", action="store_true", help="only the table of estimators of Q0")
+    parser.add_argument("--bars", type=Path, metavar="FILE", help="only draws π_ref, π_θ and π*, and "
+                        "Q_T against the reward")
+    parser.add_argument("--weights", default="latest", help="whose policy --bars draws: a run's "
+                        "directory (default: that of the newest run)")
     parser.add_argument("--smoke", action="store_true", help="says what would run, and stops")
     args = parser.parse_args()
     if not (HERE / "train_spo.py").exists() or args.smoke:
         print("the study trains 110 runs with train_spo.py, which must stand beside it")
         return
-    from spo_eval import draw_bars, plt, write
+    from spo_eval import enumerate_answers, load_run, plt, write
     from train_spo import fail, transformers
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     plt.switch_backend("Agg")
+    if args.bars:
+        policy, reference, tokenizer, config = load_run(args.weights)
+        both = [enumerate_answers(model, tokenizer) for model in (policy, reference)]
+        return write(args.bars, draw_bars(*both, config["target"], config["beta"]))
     ref_logprobs = logprobs_of(HERE / "weights" / "base")
     if args.q0:
         print("\n".join(table_of_q0(ref_logprobs)))

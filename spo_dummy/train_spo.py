@@ -56,10 +56,10 @@ V vocabulary.
 # ///
 import argparse
 import copy
-import csv
-import io
+import functools
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -133,7 +133,9 @@ class Config:
 # Those of dummy_experiment.py in the repository that this lesson follows (README.md, section 7)
 PRESETS = {"original": dict(target=1, behaviour="uniform", epochs=3, samples=200, batch_size=1,
                             beta=0.01, loss="squared", q0="mc", q0_samples=256, lr=1e-4,
-                            lr_schedule="constant", max_grad_norm=1.0, patience=3)}
+                            lr_schedule="constant", max_grad_norm=1.0, patience=3),
+           "smollm2": dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", lr=5e-5, batch_size=64,
+                           samples=1920, epochs=10)}
 
 
 # ---- the task: a policy, a question, rewards ----------------------------------------------------
@@ -141,13 +143,11 @@ PRESETS = {"original": dict(target=1, behaviour="uniform", epochs=3, samples=200
 def load_policy(config):
     """(model, tokenizer) that training starts from: in fp32, without dropout."""
     model, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "base")
-    if tokenizer.eos_token_id is None:
-        fail(f"model {config.model}: its tokenizer has no end-of-sequence token, so an answer "
-             "would have no end; choose a chat model")
     if not tokenizer.chat_template:
         fail(f"model {config.model}: its tokenizer has no chat template; choose a chat model")
     # Never train(): with dropout, policy and reference would differ before the first step
-    return model.eval(), tokenizer
+    check_policy(model.eval(), tokenizer, config.model)
+    return model, tokenizer
 
 
 def prompt_tokens(tokenizer):
@@ -158,22 +158,18 @@ def prompt_tokens(tokenizer):
 
 
 def answer_tokens(tokenizer, texts):
-    """Each answer as a tuple of token ids, with ONE end token.
-
-    A chat template may put more after the end token (Qwen: a newline). That does not belong to the
-    answer: the model never has to say it.
-    """
+    """Each answer as a tuple of token ids, with ONE end token."""
     if not texts:
         return []
     different = list(dict.fromkeys(texts))            # each different text is tokenized once
     rows = tokenizer(different, add_special_tokens=False)["input_ids"]
-    answers = {text: (*row, tokenizer.eos_token_id) for text, row in zip(different, rows)}
+    answers = {text: (*row, end_token(tokenizer)) for text, row in zip(different, rows)}
     return [answers[text] for text in texts]
 
 
 def answer_text(tokenizer, answer):
     """The text of an answer. One without end token gets a mark, so that it counts as invalid."""
-    if answer[-1] == tokenizer.eos_token_id:
+    if answer[-1] == end_token(tokenizer):
         return tokenizer.decode(answer[:-1])
     return tokenizer.decode(answer) + "…"
 
@@ -187,6 +183,26 @@ def pad(answers, pad_id):
     ids = [[*answer] + [pad_id] * (L - len(answer)) for answer in answers]
     mask = [[1.0] * len(answer) + [0.0] * (L - len(answer)) for answer in answers]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+@functools.cache
+def digit_tokens(tokenizer):
+    """{digits: ids of the tokens that write them}"""
+    found = {}
+    for number in range(len(tokenizer)):
+        text = tokenizer.decode([number])
+        if re.fullmatch("[0-9]{1,3}", text, re.ASCII):
+            found.setdefault(text, []).append(number)
+    return found
+
+
+def spellings(tokenizer, text):
+    """All tuples of token ids that write a number; for "42" perhaps 42, and 4 and then 2."""
+    found = [()] if text == "" else []
+    for length in range(1, len(text) + 1):
+        for number in digit_tokens(tokenizer).get(text[:length], []):
+            found += [(number, *rest) for rest in spellings(tokenizer, text[length:])]
+    return [ids for ids in found if tokenizer.decode(ids) == text]
 
 
 def parse_guess(text):
@@ -325,15 +341,24 @@ def evaluate(logprobs, ref_logprobs, target, beta):
 
 @torch.no_grad()
 def enumerate_answers(model, tokenizer):
-    """log π [100] of the answers "1" … "100"."""
+    """log π [100] of the answers "1" … "100".
+
+    Some tokenizers can write a number in several ways: 42, or 4 and 2. All of them are paid, so the
+    probability of a number is the sum over its spellings.
+    """
     prompt_ids = prompt_tokens(tokenizer).to(model.device)
-    ids, mask = pad(answer_tokens(tokenizer, NUMBERS), tokenizer.eos_token_id)          # [100, L]
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    answers, numbers = [], []                         # S spellings; of which number each is, 0-99
+    for number, text in enumerate(NUMBERS):
+        for ids in spellings(tokenizer, text):
+            answers.append((*ids, end_token(tokenizer)))
+            numbers.append(number)
+    ids, mask = pad(answers, end_token(tokenizer))                      # [S, L]
+    ids, mask, numbers = [x.to(model.device) for x in (ids, mask, torch.tensor(numbers))]
     parts = []
-    for first in (0, 50):             # fifty at a time: a large model's logits need much memory
-        some = slice(first, first + 50)
+    for some in torch.arange(len(ids)).split(50):     # a large model's logits need much memory
         parts.append(completion_logprobs(model, prompt_ids, ids[some], mask[some]))
-    return torch.cat(parts)
+    logprobs = torch.cat(parts)                                         # [S]
+    return torch.stack([logprobs[numbers == k].logsumexp(dim=0) for k in range(100)])
 
 
 # ---- answers from anywhere --------------------------------------------------------------------
@@ -370,7 +395,7 @@ def generate(model, prompt_ids, count, end, generator):
 def own_answers(model, tokenizer, count, generator):
     """`count` answers of a model to the question."""
     prompt_ids = prompt_tokens(tokenizer).to(model.device)              # [1, T]
-    return generate(model, prompt_ids, count, tokenizer.eos_token_id, generator)
+    return generate(model, prompt_ids, count, end_token(tokenizer), generator)
 
 
 def behave(config, model, tokenizer, count, rng, generator, replay):
@@ -464,7 +489,7 @@ def collect(config, accelerator, model, reference, tokenizer, rng, generator, re
     different = list(dict.fromkeys(answers))                            # D
     place = {answer: k for k, answer in enumerate(different)}
     texts = [answer_text(tokenizer, answer) for answer in different]
-    completion_ids, completion_mask = pad(different, tokenizer.eos_token_id)          # [D, L]
+    completion_ids, completion_mask = pad(different, end_token(tokenizer))          # [D, L]
     batch = dict(prompt_ids=prompt_tokens(tokenizer),                   # [1, T]
                  completion_ids=completion_ids, completion_mask=completion_mask,
                  rewards=torch.tensor([reward_of(text, config.target) for text in texts]),   # [D]
@@ -518,7 +543,7 @@ def sabotage(batch, config, reference, tokenizer):
     if config.broken == "no-reference":               # the prior is forgotten
         return batch | dict(ref_logprobs=torch.zeros_like(batch["ref_logprobs"]))
     if config.broken == "missing-eos":                # "1" is then the beginning of "10" too
-        is_end = batch["completion_ids"] == tokenizer.eos_token_id
+        is_end = batch["completion_ids"] == end_token(tokenizer)
         batch = batch | dict(completion_mask=batch["completion_mask"] * ~is_end)
         with torch.no_grad():
             batch["ref_logprobs"] = completion_logprobs(
@@ -627,7 +652,8 @@ def train(config, out, accelerator, log=print, bar=False):
         ref_logprobs = enumerate_answers(reference, tokenizer)          # [100]
     log(f"{model.num_parameters():,} parameters · the reference answers with a number with "
         f"probability {ref_logprobs.exp().sum().item():.3f}")
-    log(f"samples of the untrained model: {quoted_samples(model, tokenizer, 10, config.seed)}")
+    if not state["epoch"]:
+        log(f"samples of the untrained model: {quoted_samples(model, tokenizer, 10, config.seed)}")
     log(table_line())
     for epoch in range(state["epoch"] + 1, config.epochs + 1):
         if config.patience and epochs_without_gain(state["rows"]) >= config.patience:
@@ -661,17 +687,62 @@ def load_model(kind, name):
         return random_model(kind)
     try:
         # fp32 master weights everywhere; on CUDA, Accelerate does the arithmetic in bf16
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({type(problem).__name__}): give a directory with a "
-             "Hugging Face model, or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
+             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
+             "encoder-decoder), or a hub name while the hub can be reached")
+    # The library fills weights that a file lacks with random numbers, and drops those too many
+    if any(report.values()):
+        fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_policy(model, tokenizer, name):
+    """Ends with an error unless the loss and a plain forward pass agree about a model, and all
+    answers that earn something can be listed."""
+    try:
+        prompt_ids, answers = prompt_tokens(tokenizer), answer_tokens(tokenizer, ["7", "100"])
+        scored = completion_logprobs(model, prompt_ids, *pad(answers, end_token(tokenizer)))
+        gaps = []
+        for k, answer in enumerate(answers):
+            text = torch.cat([prompt_ids[0], torch.tensor(answer)])
+            logprobs = model(input_ids=text[None]).logits[0, :-1].float().log_softmax(dim=-1)
+            plain = logprobs.gather(1, text[1:, None])[-len(answer):].sum()
+            gaps.append((plain - scored[k]).abs())
+        if not max(gaps) < 1e-3:
+            raise ValueError(f"its cache changes log-probabilities by {max(gaps):.2g} nats")
+        for text, answer in zip(NUMBERS, answer_tokens(tokenizer, NUMBERS)):
+            if answer[:-1] not in spellings(tokenizer, text):
+                raise ValueError(f"its tokens for {text} cannot be listed: {answer[:-1]}")
+    except Exception as problem:      # a token without a row in the embedding, no cache, …
+        fail(f"model {name} cannot be trained ({' '.join(str(problem).split())[:150]}): it needs a "
+             "key-value cache, an end token, and an embedding for each of its tokens")
+
+
+def turn_end(tokenizer):
+    """The special token that the chat format writes after an answer; None without one."""
+    chat = [dict(role="user", content="Hi."), dict(role="assistant", content="ANSWER")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "Hi."
+    if "Hi." not in text:
+        raise ValueError("its chat format loses what the user says")
+    after = text.partition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+@functools.cache
+def end_token(tokenizer):
+    """The token that ends an answer: the one that the chat format writes there."""
+    return turn_end(tokenizer) or tokenizer.eos_token_id
 
 
 def random_model(kind):
     """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -756,13 +827,11 @@ def write(path, content):
 def write_table(path, rows):
     """Rows as CSV, six significant digits; a row may lack columns that others have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    lines = [names]
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, text.getvalue())
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def save(model, tokenizer, directory):
@@ -796,13 +865,11 @@ def load_checkpoint(out, policy, optimizer, processes):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
+        if saved["state"]["processes"] == processes:  # else its answers would be other ones
+            return saved["state"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another model; start a new run")
-    if state.get("processes") != processes:
-        fail(f"--resume {out}: that run has {state.get('processes')} processes and this one "
-             f"{processes}; its answers would be other ones")
-    return state
+    fail(f"--resume {out}: that run has another number of processes than {processes}")
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -819,13 +886,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
+            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
+                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
     check_together(config)
 
 
@@ -845,13 +908,10 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}; see --help")
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="…")
         text = f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            algorithm.add_argument(flag_of(f), dest=f.name, action="store_true", help=text)
-        else:
-            text += f" (default {f.default})" if f.default != "" else ""
-            algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
-                                   metavar=f.type.__name__.upper())
+        text += f" (default {f.default})" if f.default not in ("", False) else ""
+        algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
     files = parser.add_argument_group("files")
     files.add_argument("--preset", choices=PRESETS,
                        help="original: those of the repository that the lesson follows; flags win")
@@ -859,15 +919,13 @@ def parse_args():
                        help="the run's directory (default: runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                         help="auto: a GPU if there is one")
+    gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
+    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                         default="auto", help="auto: a GPU if there is one")
     machine.add_argument("--smoke", action="store_true", help="2 tiny epochs: does it run?")
     machine.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not has.get(args.device, True):
-        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
     return given, args
 
 
@@ -892,12 +950,11 @@ def new_run(given, args):
 def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.preset:
-        fail("--resume takes everything from the run's directory; beside it only --device "
-             "and --quiet may be given")
+        fail("--resume takes everything but --device and --quiet from the run's directory")
     args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
     try:
         config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         fail(f"--resume {args.out}: its config.json is not one of this version of the script")
     check(config)
     return config
@@ -913,21 +970,10 @@ def newest_run(needed):
 
 def open_directory(out, config):
     """Makes the run's directory with its config.json; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name, or go on "
-                 f"with it by --resume {out}")
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
-
-
-def command_of(config):
-    """The command line that makes a run of this configuration."""
-    changed = [f for f in fields(Config) if getattr(config, f.name) != f.default]
-    words = [f"{flag_of(f)} {shlex.quote(str(getattr(config, f.name)))}" for f in changed]
-    return " ".join(["python", Path(__file__).name, *words])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out} is not empty: choose another name, or go on with --resume {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
 
 
 def start_judge(out, args):
@@ -935,25 +981,22 @@ def start_judge(out, args):
     judge. It writes eval.json and curve.png and prints the verdict."""
     script = HERE / "spo_eval.py"
     if not script.exists():
-        print(f"{script.name} is not beside this script, so nothing judges the run")
-        return
+        return print(f"{script.name} is not beside this script, so nothing judges the run")
     sys.stdout.flush()                # else a pipe would show the judge's lines before ours
     command = [sys.executable, str(script), "--run", str(out)] + ["--quiet"] * args.quiet
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
+    raise SystemExit(subprocess.run(command).returncode)
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")      # a Windows pipe may not know β
     given, args = parse_args()
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # bf16 arithmetic on CUDA, but not for the small models
     half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if half else "no")
+    # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
+                              mixed_precision="bf16" if half else "no")
     if accelerator.device.type == "cpu" and config.model in ("random", ""):
         torch.set_num_threads(1)      # so small a model is faster on one core than shared by two
     processes = accelerator.num_processes
@@ -968,9 +1011,8 @@ def main():
 
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    log("SPO · " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" · {accelerator.device} × {processes} · seed {config.seed}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    log(f"SPO · {versions} · {accelerator.device} × {processes} · seed {config.seed}")
     log("expect with the default settings: under a minute, and a distance (TV) to π* below 0.05"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
@@ -986,7 +1028,8 @@ def main():
     accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")
-        about = dict(command=command_of(config), seed=config.seed, versions=versions, result=result)
+        about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
+                     seed=config.seed, versions=versions, result=result)
         write(out / "train.json", json.dumps(about, indent=1) + "\n")
         log(f"policy and tables are in {out}")
         if not args.smoke:
@@ -994,8 +1037,10 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+        os._exit(1)
+    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
+        fail(f"{problem}")

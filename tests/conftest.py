@@ -48,6 +48,10 @@ def call(module, *arguments, cwd=None):
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
+    except (OSError, UnicodeDecodeError) as problem:      # as the last lines of every script do it
+        with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+            module.fail(f"{problem}")
+        status = 2
     finally:
         sys.argv = argv
         os.chdir(here)
@@ -65,3 +69,8 @@ def assert_one_line_error(process, *words):
 @pytest.fixture(scope="session")
 def repo():
     return REPO
+
+
+def without_device(flags):
+    """Flags without --device cpu: how a user without a GPU starts several processes."""
+    return [flag for flag in flags if flag not in ("--device", "cpu")]

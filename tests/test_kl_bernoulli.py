@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import REPO, assert_one_line_error, call, load, run
+from conftest import REPO, assert_one_line_error, call, load, run, without_device
 
 FOLDER = REPO / "kl_bernoulli_gsm8k"
 TRAIN, EVAL = FOLDER / "train_kl_bernoulli.py", FOLDER / "kl_bernoulli_eval.py"
@@ -236,13 +236,16 @@ def test_parts_chunks_and_order_do_not_change_the_gradient(variant):
 
 
 @each_model
-def test_gradient_checkpointing_changes_nothing_and_leaves_dropout_off(model, tmp_path):
-    from tokenizers import Tokenizer, models
+def test_gradient_checkpointing_changes_nothing_and_leaves_dropout_off(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "check_policy", lambda *_: None)       # the tokenizer below knows no word
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     batch = a_batch()
     whole, _ = gradient_of(model, config(method="kl_correct"), batch)
     model.save_pretrained(tmp_path / "m")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<end>": 2, "<unk>": 1}, unk_token="<unk>")), eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "m")
+    bare = Tokenizer(models.WordLevel({"<end>": 2, "<unk>": 1}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "m")
     settings = config(method="kl_correct", gradient_checkpointing=True, model=str(tmp_path / "m"))
     other, _ = train.load_policy(settings)
     assert not other.training and other.is_gradient_checkpointing
@@ -356,10 +359,6 @@ def test_rewards_by_hand(answer, thinks, reward):
     assert train.reward_of(answer, Fraction(15), thinks) == reward
 
 
-def test_the_substring_reward_is_as_wrong_as_they_say():
-    assert train.reward_of("</think>#### 15", Fraction(5), True, substring=True) == 1.0 and train.reward_of("</think>#### 15", Fraction(5), True) == 0.0
-
-
 @given(st.fractions(max_denominator=1).filter(lambda x: abs(x) < 10**12), st.integers(0, 6), st.booleans(), st.booleans(), st.text(max_size=20), st.sampled_from(["", " ", "\n", "\t"]))
 def test_every_way_to_write_a_number_counts_and_every_other_number_does_not(value, places, comma, dollar, thought, space):
     text = f"{'-' if value < 0 else ''}{'$' if dollar else ''}{format(abs(int(value)), ',' if comma else '')}" + ("." + "0" * places if places else "")
@@ -378,17 +377,14 @@ def test_no_text_makes_the_verifier_stumble(text):
 
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official GSM8K files are not in ../shared/data/gsm8k")
 def test_all_official_answers_parse(tmp_path):
-    problems, tests = train.load_problems(train.Config(data="gsm8k", data_dir=str(OFFICIAL)))
+    problems, tests = train.load_problems(train.Config(data=str(OFFICIAL)))
     assert (len(problems), len(tests)) == (7473, 1319)
-    fooled = 0
     for name, part in (("train", problems), ("test", tests)):
         for line, (question, result, steps) in zip((OFFICIAL / f"{name}.jsonl").read_text(encoding="utf8").split("\n"), part):
             answer = json.loads(line)["answer"]
             assert float(result) == float(answer.split("####")[1].replace(",", "").replace("$", "")) and train.reward_of(answer, result, thinks=False) == 1.0
             assert train.reward_of(answer, result + 1, thinks=False) == 0.0 and train.reward_of(answer, result, thinks=True) == 0.0
-            fooled += train.reward_of(f"</think>#### 1{answer.split('####')[1].strip().replace(',', '')}", result, True, substring=True)
-    assert fooled > 8000                                          # a 1 in front: nearly every one of these wrong answers passes as a substring
-    process = call(train, "--data", "gsm8k", "--data-dir", OFFICIAL, "--updates", "1", "--out", tmp_path / "o")
+    process = call(train, "--data", OFFICIAL, "--updates", "1", "--out", tmp_path / "o")
     assert_one_line_error(process, "context")                     # the small model cannot read them all, and says so
 
 
@@ -404,9 +400,9 @@ def test_the_download_is_checked(tmp_path, monkeypatch):
     assert_one_line_error(call(gsm8k, "--data-dir", tmp_path / "d"), "--data-dir")
 
 
-def test_the_trainer_names_the_command_that_fetches_missing_problems(tmp_path):
-    process = call(train, "--data", "gsm8k", "--data-dir", tmp_path / "d e", "--quiet", "--out", tmp_path / "o")
-    assert_one_line_error(process, "train.jsonl", f"{sys.executable} {FOLDER / 'get_gsm8k.py'} --data-dir '{tmp_path / 'd e'}'")
+def test_the_trainer_names_the_script_that_fetches_missing_problems(tmp_path):
+    process = call(train, "--data", tmp_path / "d e", "--quiet", "--out", tmp_path / "o")
+    assert_one_line_error(process, "train.jsonl", "get_gsm8k.py")
     assert not (tmp_path / "d e").exists() and not list((tmp_path / "o").iterdir())
 
 
@@ -516,7 +512,7 @@ def test_an_answer_keeps_the_end_of_its_thoughts_special_or_not():
         assert train.answer_texts(tokenizer, ids, torch.ones(ids.shape)) == ["7+8=15\n</think>\n#### 15"]
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", [name for name, settings in train.PRESETS.items() if "model" not in settings])     # the others need the hub
 def test_every_preset_runs(preset, tmp_path, data):
     process = call(train, *TINY, "--preset", preset, "--updates", "1", "--eval-problems", "1", "--data", data, "--out", tmp_path / "o")
     assert process.returncode == 0, process.stderr
@@ -526,8 +522,8 @@ def test_every_preset_runs(preset, tmp_path, data):
 
 def test_full_size_settings_are_those_of_the_thesis(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert_one_line_error(call(train, "--full-size", "--preset", "gsm8k_0_1", "--quiet", "--out", tmp_path / "o"), "Qwen/Qwen3-4B-Thinking-2507", "hub")
-    full = train.Config(**train.FULL_SIZE)
+    assert_one_line_error(call(train, "--preset", "full_size", "--quiet", "--out", tmp_path / "o"), "Qwen/Qwen3-4B-Thinking-2507", "hub")
+    full = train.Config(**train.PRESETS["full_size"])
     assert full.updates * 512 // 7473 in (143, 144) and (full.batch_size, full.lr, full.weight_decay, full.max_grad_norm, full.temperature, full.max_new_tokens, full.eval_every) == (512, 1e-6, 0.01, 1.0, 1.0, 8192, 5)
 
 
@@ -546,7 +542,7 @@ def test_resume_equals_the_uninterrupted_run(how, tmp_path, data):
     assert run(TRAIN, "--quiet", "--resume", tmp_path / "stopped").returncode == 0
     for name in ("metrics.csv", "tests.csv", "eval.json", "config.json", "curve.png", "policy/model.safetensors", "best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
-    for flags in (["--lr", "1e-4"], ["--smoke"], ["--out", tmp_path / "x"], ["--preset", "gsm8k_0"], ["--full-size"]):
+    for flags in (["--lr", "1e-4"], ["--smoke"], ["--out", tmp_path / "x"], ["--preset", "gsm8k_0"]):
         assert_one_line_error(call(train, "--resume", tmp_path / "stopped", *flags), "--device")
 
 
@@ -564,7 +560,7 @@ batch = t.a_batch(5)
 for case, rewards in enumerate(([1.0, 0, 0, 0, 1, 1, 0, 1], [0.0, 0, 0, 0, 1, 1, 0, 1])):
     batch["rewards"] = torch.tensor(rewards)
     half = {{key: value[4 * accelerator.process_index:][:4] for key, value in batch.items()}} if accelerator.num_processes == 2 else dict(batch)
-    for number, variant in enumerate([*t.VARIANTS, dict(method="kl_correct", broken="per-rank-mean")]):
+    for number, variant in enumerate([*t.VARIANTS]):
         model.zero_grad()
         terms = train.update(t.config(micro_batch=2, **variant), accelerator, policy, optimizer, half)
         if accelerator.is_main_process:
@@ -581,7 +577,7 @@ import os; os._exit(0)            # on a busy machine a thread of gloo may still
 def launch(n, *command):
     """On n processes. torchrun, because `accelerate launch --cpu` starts one process whatever --num_processes says."""
     process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *map(str, command)], capture_output=True, text=True, timeout=300,
-                             env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"})
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr[-3000:]
     return process
 
@@ -592,11 +588,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     script.write_text(WORKER.format(folder=str(FOLDER), tests=str(REPO / "tests")))
     for n in (1, 2):
         launch(n, script, tmp_path / f"p{n}_", n)
-    for case, number in itertools.product(range(2), range(len(VARIANTS) + 1)):
+    for case, number in itertools.product(range(2), range(len(VARIANTS))):
         (one, terms), (two, again) = (torch.load(tmp_path / f"p{n}_{case}_{number}", weights_only=True) for n in (1, 2))
-        if number == len(VARIANTS):                               # --break per-rank-mean: the very thing it breaks
-            assert (two - one).norm() > 0.1 * one.norm()
-            continue
         torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-4)
         for key in ("loss", "grad_norm", "trained", "correct"):
             assert again[key] == pytest.approx(terms[key], abs=1e-5, rel=1e-4), key
@@ -604,7 +597,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 @pytest.mark.parametrize("method", ["dr_grpo", "kl_correct"])
 def test_two_processes_train_together(method, tmp_path, data):
-    process = launch(2, TRAIN, *TINY[:-1], "--updates", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
+    process = launch(2, TRAIN, *without_device(TINY[:-1]), "--updates", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
     assert f" × 2 · {method} · seed" in process.stdout
     assert json.loads((tmp_path / "o" / "train.json").read_text())["result"]["updates"] == 2
 
@@ -620,7 +613,9 @@ def test_no_correct_answer_skips_the_update_and_says_so(tmp_path, data):
     for name in ("train", "test"):
         (tmp_path / "d" / f"{name}.jsonl").write_text(json.dumps(dict(question="Ana has 20 apples.", answer="#### 123456789")) + "\n")
     process = call(train, *TINY[:-1], "--method", "kl_batch", "--data", tmp_path / "d", "--out", tmp_path / "o", "--updates", "2")
-    assert process.returncode == 0 and process.stdout.count("no correct answers in the batch: no update") == 2, process.stderr
+    assert process.returncode == 0, process.stderr
+    rows = (tmp_path / "o" / "metrics.csv").read_text().splitlines()
+    assert [dict(zip(rows[0].split(","), row.split(",")))["trained"] for row in rows[1:]] == ["0", "0"]
     from safetensors.torch import load_file
     old, new = (load_file(path / "model.safetensors") for path in (FOLDER / "weights" / "base", tmp_path / "o" / "policy"))
     assert all(torch.equal(old[name], new[name]) for name in old)
@@ -655,14 +650,11 @@ def test_a_run_with_another_model(kind, tmp_path, monkeypatch, data):
     assert call(evaluation, "--weights", tmp_path / "o", "--samples", "2", "--max-new-tokens", "20").returncode == 0
 
 
-def test_pass_at_k_and_maj_at_k_by_enumeration():
-    right = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+def test_pass_at_k_by_enumeration():
+    right = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]) > 0
     for k in (1, 2, 4, 5):
         wanted = np.mean([np.mean([any(row[list(some)]) for some in itertools.combinations(range(5), k)]) for row in right])
         assert evaluation.pass_at(right, k) == pytest.approx(wanted)
-    texts = ["</think>#### 5", "</think>#### 5.0", "</think>#### 6", "none", "none", "none", "</think>#### 7", "</think>#### 8", "</think>#### 8"]
-    problems = [evaluation.Problem("", Fraction(number), 1) for number in (5, 5, 7)]
-    assert evaluation.maj_at([evaluation.result_of(text, True) for text in texts], problems) == pytest.approx(1 / 3)
 
 
 def test_shipped_policy_is_better_than_the_base_on_unseen_problems(tmp_path):
@@ -684,8 +676,8 @@ def test_prompt_answers_one_problem():
 
 @pytest.mark.parametrize("arguments, words", [
     (["--group-size", "1"], ["--group-size", "2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--method", "ppo"], ["kl_batch"]), (["--half-tokens", "some"], ["confident"]),
-    (["--batch-size", "6"], ["--batch-size", "--group-size"]), (["--preset", "gsm8k_1"], ["gsm8k_0p5_test"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--data", "nowhere"], ["nowhere"]),
-    (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["per-rank-mean"]), (["--break", "train-on-wrong"], ["kl_batch"]), (["--updatez", "1"], ["--help"]), (["--updates", "x"], ["--help"]),
+    (["--batch-size", "6"], ["--batch-size", "--group-size"]), (["--preset", "gsm8k_1"], ["gsm8k_0p5_0"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--data", "nowhere"], ["nowhere"]),
+    (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["train-on-wrong"]), (["--break", "train-on-wrong"], ["kl_batch"]), (["--updatez", "1"], ["--help"]), (["--updates", "x"], ["--help"]),
     (["--resume", "nowhere"], ["nowhere", "config.json"]), (["--resume", ".", "--preset", "gsm8k_0"], ["--device"]), (["--ent-coef", "nan"], ["--ent-coef"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
@@ -695,7 +687,7 @@ GOOD = json.dumps(dict(question="1+1?", answer="1+1=2\n#### 2"))
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", ["line 1", "JSON"]), (GOOD + "\n\n" + GOOD, ["line 2", "JSON"]), ("{", ["line 1", "JSON"]), ("[" * 100_000, ["line 1", "JSON"]), ('{"question": "a"}', ["answer"]), ('{"answer": "#### 2"}', ["question"]), ("[1]", ["question"]),
+    ("", ["line 1", "JSON"]), (GOOD + "\n\n{", ["line 3", "JSON"]), ("{", ["line 1", "JSON"]), ("[" * 100_000, ["line 1", "JSON"]), ('{"question": "a"}', ["answer"]), ('{"answer": "#### 2"}', ["question"]), ("[1]", ["question"]),
     ('{"question": 1, "answer": "#### 2"}', ["question"]), (json.dumps(dict(question="a", answer="2")), ["line 1", "####"]), (GOOD + "\n" + json.dumps(dict(question="a", answer="#### two")), ["line 2", "number", "two"]),
     (json.dumps(dict(question="a", answer="####")), ["number"]), ('{"question": "\\ud800", "answer": "#### 2"}', ["JSON"]), (json.dumps(dict(question="why " * 400, answer="#### 2")), ["context", "why"]), (b"\xff\xfe", ["UnicodeDecodeError"])])
 def test_trainer_refuses_malformed_data_and_leaves_nothing(content, words, tmp_path):

@@ -167,4 +167,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as problem:
+        sys.exit(f"bench_grpo.py: error: {problem.name} is missing: pip install -r tests/requirements.txt")

@@ -28,9 +28,9 @@ PROBLEMS, K, LONGEST = 64, 4, 40
 
 def ours_stepper():
     """A function that makes one step and returns (drawing seconds, all seconds, tokens drawn)."""
-    config = ours.Config(k=K, sequences=PROBLEMS * K, max_new_tokens=LONGEST, lr=1e-6)
+    config = ours.Config(group_size=K, batch_size=PROBLEMS * K, max_new_tokens=LONGEST, lr=1e-6)
     accelerator = Accelerator(cpu=True)
-    policy, tokenizer = ours.load_policy(str(FOLDER / "weights" / "base"))
+    policy, tokenizer = ours.load_policy(config)
     policy, optimizer = accelerator.prepare(policy.eval(), torch.optim.AdamW(policy.parameters(), lr=config.lr))
     problems, _ = ours.load_problems(config)
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
@@ -49,7 +49,7 @@ def trl_stepper(rows):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     accumulation = PROBLEMS * K // rows
-    policy, tokenizer = ours.load_policy(str(FOLDER / "weights" / "base"))
+    policy, tokenizer = ours.load_policy(ours.Config())
     problems, _ = ours.load_problems(ours.Config())
 
     def reward(completions, result, **_):
@@ -109,4 +109,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as problem:
+        sys.exit(f"bench_kl_bernoulli.py: error: {problem.name} is missing: pip install -r tests/requirements.txt")

@@ -170,4 +170,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as problem:
+        sys.exit(f"bench_rlhf.py: error: {problem.name} is missing: pip install -r tests/requirements.txt")

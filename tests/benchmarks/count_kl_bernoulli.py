@@ -15,8 +15,8 @@ import train_kl_bernoulli as ours
 @torch.no_grad()
 def main():
     torch.set_num_threads(1)
-    config = ours.Config(k=1)
-    model, tokenizer = ours.load_policy(str(FOLDER / "weights" / "base"))
+    config = ours.Config(group_size=1)
+    model, tokenizer = ours.load_policy(config)
     batch, _ = ours.collect(config, model.eval(), tokenizer, ours.load_problems(config)[0][:256], torch.Generator().manual_seed(0))
     ids, mask = (torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"].long()], dim=1) for kind in ("ids", "mask"))
     logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)).logits[:, -batch["completion_ids"].shape[1] - 1:-1]
