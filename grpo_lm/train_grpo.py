@@ -902,9 +902,10 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
+        words = dict(above="above", low="at least", high="at most")
         for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
             if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
-                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
+                fail(f"{flag_of(f)} must be {words[word]} {rule[word]:,}, not {value}")
     check_together(config)
 
 

@@ -479,7 +479,7 @@ def collect(config, policy, tokenizer, problems, generator):
         pieces.append(piece)
     # The pieces as one batch: their rows, padded to the length L of the longest
     rows = [[row for tensor in tensors for row in tensor] for tensors in zip(*pieces)]
-    completion_ids, completion_mask, logprobs = [pad_sequence(some, True) for some in rows]
+    completion_ids, completion_mask, logprobs = [pad_sequence(x, batch_first=True) for x in rows]
     texts = answer_texts(tokenizer, completion_ids, completion_mask)
 
     thinks = prompts[0].rstrip().endswith("<think>")
@@ -938,9 +938,10 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
+        words = dict(above="above", low="at least", high="at most")
         for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
             if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
-                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
+                fail(f"{flag_of(f)} must be {words[word]} {rule[word]:,}, not {value}")
     check_together(config)
 
 
@@ -1057,8 +1058,7 @@ def main():
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    log(f"Bernoulli KL · {versions} · {accelerator.device} × {processes} · {config.method} · "
-        f"seed {config.seed}")
+    log(f"{versions} · {accelerator.device} × {processes} · {config.method} · seed {config.seed}")
     log("expect with the default settings: 6 minutes, and greedily 55 % or more of new problems"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:

@@ -51,7 +51,6 @@ import json
 import math
 import operator
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -884,9 +883,10 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
+        words = dict(above="above", low="at least", high="at most")
         for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
             if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
-                fail(f"{flag_of(f)} {value} is out of range ({word} {rule[word]:,})")
+                fail(f"{flag_of(f)} must be {words[word]} {rule[word]:,}, not {value}")
     check_together(config)
 
 
@@ -1029,9 +1029,8 @@ def main():
     log(f"REINFORCE · {versions} · {accelerator.device} × {processes} · seed {config.seed}")
     log("expect with the default settings: 6 minutes, and a win rate above 80 %"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
-    made = config.reward_model or (out / PART_1).is_dir()
     try:
-        if accelerator.is_main_process and not made:
+        if accelerator.is_main_process and not (config.reward_model or (out / PART_1).is_dir()):
             start_reward_model(config, (out / PART_1).parent, args)
         accelerator.wait_for_everyone()
         if args.only_reward_model:

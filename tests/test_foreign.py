@@ -1,7 +1,6 @@
 """Models that one did not make oneself: each is right, or refused in one line. Tiny random models of many architectures, in all lessons."""
 import functools
 import json
-import math
 
 import pytest
 import torch

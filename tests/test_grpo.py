@@ -681,13 +681,13 @@ def test_chat_answers_and_ends():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--group-size", "1"], ["--group-size", "low 2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--kl", "k4"], ["k3-ratio"]),
+    (["--group-size", "1"], ["--group-size", "at least 2"]), (["--lr", "0"], ["--lr"]), (["--temperature", "0"], ["--temperature"]), (["--kl", "k4"], ["k3-ratio"]),
     (["--kl-coef", "-1"], ["--kl-coef"]), (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--reward-model", "no/such/rm"], ["no/such/rm", "loaded"]),
     (["--prompts", "nowhere.txt"], ["nowhere.txt"]), (["--prompt", "why " * 200], ["context"]),
     (["--max-new-tokens", "500"], ["context"]), (["--break", "x"], ["wrong-kl"]), (["--scale-rewards", "x"], ["batch"]), (["--updatez", "1"], ["--help"]),
     (["--resume", "nowhere"], ["nowhere", "config.json"]), (["--break", "wrong-kl", "--kl", "reward"], ["wrong-kl"]), (["--batch-size", "12"], ["multiple", "--group-size 8"]),
-    (["--break", "wrong-kl", "--kl-coef", "0"], ["wrong-kl"]), (["--seed", "-1"], ["--seed", "low 0"]),
-    (["--seed", str(2**31)], ["--seed", "high"])])
+    (["--break", "wrong-kl", "--kl-coef", "0"], ["wrong-kl"]), (["--seed", "-1"], ["--seed", "at least 0"]),
+    (["--seed", str(2**31)], ["--seed", "at most"])])
 def test_trainer_refuses_bad_values(arguments, words, tmp_path):
     assert_one_line_error(call(train, *arguments, "--quiet", *([] if "--resume" in arguments else ["--out", tmp_path / "out"]), cwd=tmp_path), *words)
 

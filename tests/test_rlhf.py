@@ -1151,7 +1151,7 @@ def test_shipped_config_files_are_read(path, monkeypatch):
     ("seed: 1.5", ["seed", "int", "1.5"]),
     ("seed: true", ["seed", "int"]), ("seed:", ["seed"]), ("part_2:\n  gamma: high", ["gamma", "float", "high"]),
     ("part_2:\n  gamma: true", ["gamma"]),
-    ("device: 5", ["--device", "cpu"]), ("device: tpu", ["--device", "cpu"]), ("part_2:\n  gamma: 2", ["--gamma", "high 1"]), ("- 1\n- 2", ["keys and values"]),
+    ("device: 5", ["--device", "cpu"]), ("device: tpu", ["--device", "cpu"]), ("part_2:\n  gamma: 2", ["--gamma", "at most 1"]), ("- 1\n- 2", ["keys and values"]),
     ("a: b: c", ["keys and values"]),
     ("", ["keys and values"]), ("model: [1]", ["cannot be loaded"]), ("\x00", ["keys and values"])])
 def test_bad_config_files_are_refused(text, words, judges, tmp_path):
@@ -1188,7 +1188,7 @@ def test_trainer_refuses_bad_values(arguments, words, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--level", "3"], ["--level", "1, 2"]), (["--break", "x"], ["upper-triangle"]), (["--break", "upper-triangle"], ["--level 2"]), (["--lr", "0"], ["--lr", "above 0"]),
-    (["--validation-split", "1"], ["--validation-split", "high 0.9"]), (["--epochs", "0"], ["--epochs"]), (["--stepz", "1"], ["--help"]), (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["--validation-split", "1"], ["--validation-split", "at most 0.9"]), (["--epochs", "0"], ["--epochs"]), (["--stepz", "1"], ["--help"]), (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--max-length", "300"], ["--max-length", "context"]),
     pytest.param(["--device", "cuda"], ["--device", "cuda", "cpu"], marks=needs_no_gpu)])
 def test_reward_trainer_refuses_bad_values(arguments, words, tmp_path):
