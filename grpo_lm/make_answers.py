@@ -317,9 +317,8 @@ def load_model(kind, name):
         model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
-             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
-             "encoder-decoder), or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give the "
+             f"directory or hub name of a whole {kind.__name__} (no adapter, no encoder-decoder)")
     # The library fills weights that a file lacks with random numbers, and drops those too many
     if any(report.values()):
         fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
@@ -348,7 +347,7 @@ def context_of(model):
 
 
 def random_model(kind):
-    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    """A GPT-2 of one layer that reads bytes, for --smoke: it runs wherever the script stands."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
@@ -360,9 +359,7 @@ def read_prompts(path):
     """The lines of a text file that are not empty."""
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        fail(f"prompt file {path} is empty; it needs one prompt per line")
-    return prompts
+    return prompts or fail(f"prompt file {path} is empty; it needs one prompt per line")
 
 
 def newest_run(needed):

@@ -597,7 +597,7 @@ def train(config, out, accelerator, log=print, bar=False):
                                   weight_decay=0.0)
     state = load_checkpoint(out, policy, optimizer, accelerator.num_processes)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    model = accelerator.unwrap_model(policy)          # the same network, to sample from
+    model = whole_model(accelerator, policy, reference)           # to sample from, and to save
     log(f"{model.num_parameters():,} parameters, reward model {judge[0].num_parameters():,} · "
         f"{len(prompts)} prompts")
     log(table_line())
@@ -612,7 +612,7 @@ def train(config, out, accelerator, log=print, bar=False):
         # Dropout is 0 (load_policy), so train() only lets --gradient-checkpointing act
         policy.train()
         terms = update(config, accelerator, policy, optimizer, batch)
-        policy.eval()
+        model = whole_model(accelerator, policy.eval(), reference)
         row = dict(update=number) | describe(config, accelerator, batch) | terms
         end = time.perf_counter()
         state["update"] = number
@@ -675,15 +675,28 @@ def describe(config, accelerator, batch):
 
 # ---- models and prompts -----------------------------------------------------------------------
 
+def whole_model(accelerator, policy, reference):
+    """The policy as sampling and saving need it: the network itself, without accelerate's wrapping.
+
+    FSDP2 leaves each process only a part of every weight, so a copy puts the parts together. Each
+    process then samples by itself, with no need to take as many steps as the others.
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.unwrap_model(policy)
+    model = copy.deepcopy(reference)
+    for whole, part in zip(model.parameters(), policy.parameters()):
+        whole.data = part.full_tensor().detach()
+    return model
+
+
 def load_reward_model(config):
     """(frozen classifier with one logit, its tokenizer)."""
     name = config.reward_model or HERE / "weights" / "reward_model"
-    model, tokenizer = load_model(AutoModelForSequenceClassification,
-                                  "random" if config.model == "random" else name)
+    model, tokenizer = load_model(AutoModelForSequenceClassification, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if model.config.num_labels != 1 or tokenizer.pad_token is None:
-        fail(f"reward model {name} has {model.config.num_labels} logits and the padding token "
-             f"{tokenizer.pad_token}; it needs one logit (a reward is one number) and a token")
+        fail(f"reward model {name} must have one logit, not {model.config.num_labels}, and a "
+             f"padding token, not {tokenizer.pad_token}")
     tokenizer.padding_side = "right"
     # GPT-like classifiers read the last token that is not padding
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -704,9 +717,8 @@ def load_model(kind, name):
         model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
-             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
-             "encoder-decoder), or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give the "
+             f"directory or hub name of a whole {kind.__name__} (no adapter, no encoder-decoder)")
     # The library fills weights that a file lacks with random numbers, and drops those too many
     if any(report.values()):
         fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
@@ -761,7 +773,7 @@ def context_of(model):
 
 
 def random_model(kind):
-    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    """A GPT-2 of one layer that reads bytes, for --smoke: it runs wherever the script stands."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
@@ -773,9 +785,7 @@ def read_prompts(path):
     """The lines of a text file that are not empty."""
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        fail(f"prompt file {path} is empty; it needs one prompt per line")
-    return prompts
+    return prompts or fail(f"prompt file {path} is empty; it needs one prompt per line")
 
 
 class RoomyLayer(DynamicLayer):
@@ -865,6 +875,8 @@ def save_checkpoint(out, model, optimizer, state):
     """The tables, then everything that --resume needs, last: whoever finds it finds the rest."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "timing.csv", state["clock"])
+    if hasattr(optimizer.param_groups[0]["params"][0], "full_tensor"):
+        return                                # FSDP2: every process has a part of Adam's memory
     beside = out / "checkpoint.pt.part"       # straight to disk: weights and Adam may be gigabytes
     torch.save(dict(policy=model.state_dict(), optimizer=optimizer.state_dict(), state=state,
                     rng=torch.get_rng_state()), beside)
@@ -876,16 +888,14 @@ def load_checkpoint(out, policy, optimizer, processes):
     path = out / "checkpoint.pt"
     if not path.exists():
         return dict(update=0, rows=[], clock=[], processes=processes)
-    try:
+    with contextlib.suppress(Exception):              # torch raises many kinds; the remedy is one
         saved = torch.load(path, map_location="cpu", weights_only=True)
         torch.set_rng_state(saved["rng"])             # only --break dropout-on uses this stream
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["state"]["processes"] == processes:  # else its prompts would be other ones
             return saved["state"]
-    except Exception:                 # torch raises many kinds; the remedy is one
-        fail(f"{path} is damaged or of another model; start a new run")
-    fail(f"--resume {out}: that run has another number of processes than {processes}")
+    fail(f"{path} is damaged, of another model, or of another number of processes than {processes}")
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -929,17 +939,15 @@ def parse_args():
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default {f.default})" if f.default not in ("", False) else ""
         algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
-    files = parser.add_argument_group("files")
+    files = parser.add_argument_group("files and machine")
     files.add_argument("--preset", choices=PRESETS, help="settings to start from; flags win")
-    files.add_argument("--out", type=Path,
-                       help="the run's directory (default: runs/<time>_seed<k>)")
+    files.add_argument("--out", type=Path, help="the run's directory (runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
-    machine = parser.add_argument_group("machine")
     gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
-    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
-                         default="auto", help="auto: a GPU if there is one")
-    machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
-    machine.add_argument("--quiet", action="store_true", help="no output but errors")
+    files.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                       default="auto", help="auto: a GPU if there is one")
+    files.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    files.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     return given, args
@@ -947,10 +955,8 @@ def parse_args():
 
 def new_run(given, args):
     """The configuration of a new run: defaults, then --preset, --smoke, and the flags."""
-    smoke = dict(updates=2, batch_size=4, group_size=2, max_new_tokens=8) if args.smoke else {}
-    settings = PRESETS.get(args.preset, {}) | smoke | given
-    if args.smoke and not (HERE / "weights" / "base").exists():
-        settings.setdefault("model", "random")
+    smoke = dict(model="random", reward_model="random", updates=2, batch_size=4, group_size=2)
+    settings = PRESETS.get(args.preset, {}) | (smoke if args.smoke else {}) | given
     for name in ("model", "reward_model", "prompts"):     # --resume may start in another directory
         if settings.get(name) and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
@@ -1003,12 +1009,16 @@ def main():
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # With FSDP2, all processes read the weights, not one for all: each keeps a whole reference
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # bf16 arithmetic on CUDA, but not for the small models
     half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
     # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
                               mixed_precision="bf16" if half else "no")
-    processes = accelerator.num_processes
+    processes, sharded = accelerator.num_processes, ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+    if accelerator.distributed_type in sharded and (args.resume or not accelerator.is_fsdp2):
+        fail("weights are sharded by FSDP2 only (accelerate launch --fsdp_version 2), no --resume")
     if config.batch_size // config.group_size % processes:
         fail(f"{processes} processes cannot share the prompts of an update: change --batch-size")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
@@ -1032,15 +1042,19 @@ def main():
         words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
         print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(130)
-    accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")
         about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
                      seed=config.seed, versions=versions, result=result)
         write(out / "train.json", json.dumps(about, indent=1) + "\n")
         log(f"policy, tables and samples are in {out}")
-        if not args.smoke:
-            start_judge(out, args)
+    # Processes part when all is saved. One that still holds its connections to the others may abort
+    # on its way out: free_memory lets go of them
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+    if accelerator.is_main_process and not args.smoke:
+        start_judge(out, args)
 
 
 if __name__ == "__main__":

@@ -715,9 +715,8 @@ def load_model(kind, name):
         model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
-             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
-             "encoder-decoder), or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give the "
+             f"directory or hub name of a whole {kind.__name__} (no adapter, no encoder-decoder)")
     # The library fills weights that a file lacks with random numbers, and drops those too many
     if any(report.values()):
         fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
@@ -776,7 +775,7 @@ def turn_end(tokenizer):
 
 
 def random_model(kind):
-    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    """A GPT-2 of one layer that reads bytes, for --smoke: it runs wherever the script stands."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
@@ -913,15 +912,13 @@ def load_checkpoint(out, policy, optimizer, processes):
     path = out / "checkpoint.pt"
     if not path.exists():
         return dict(update=0, rows=[], tests=[], clock=[], processes=processes)
-    try:
+    with contextlib.suppress(Exception):              # torch raises many kinds; the remedy is one
         saved = torch.load(path, map_location="cpu", weights_only=True)
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["state"]["processes"] == processes:  # else its problems would be other ones
             return saved["state"]
-    except Exception:                 # torch raises many kinds; the remedy is one
-        fail(f"{path} is damaged or of another model; start a new run")
-    fail(f"--resume {out}: that run has another number of processes than {processes}")
+    fail(f"{path} is damaged, of another model, or of another number of processes than {processes}")
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -965,16 +962,15 @@ def parse_args():
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default {f.default})" if f.default not in ("", False) else ""
         algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
-    files = parser.add_argument_group("files")
+    files = parser.add_argument_group("files and machine")
     files.add_argument("--preset", choices=PRESETS, help="settings to start from; flags win")
     files.add_argument("--out", type=Path, help="the run's directory (runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
-    machine = parser.add_argument_group("machine")
     gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
-    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
-                         default="auto", help="auto: a GPU if there is one")
-    machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
-    machine.add_argument("--quiet", action="store_true", help="no output but errors")
+    files.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                       default="auto", help="auto: a GPU if there is one")
+    files.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    files.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     return given, args
@@ -982,10 +978,8 @@ def parse_args():
 
 def new_run(given, args):
     """The configuration of a new run: defaults, then --preset, --smoke, and the flags."""
-    smoke = dict(updates=2, batch_size=16, eval_every=1, eval_problems=8) if args.smoke else {}
-    settings = PRESETS.get(args.preset, {}) | smoke | given
-    if args.smoke and not (HERE / "weights" / "base").exists():
-        settings.setdefault("model", "random")
+    smoke = dict(model="random", updates=2, batch_size=16, eval_every=1, eval_problems=8)
+    settings = PRESETS.get(args.preset, {}) | (smoke if args.smoke else {}) | given
     if settings.get("method", "dr_grpo") != "dr_grpo":    # the others compare no answers
         settings.setdefault("group_size", 1)
     if Path(settings.get("data", "")).name == "gsm8k":
@@ -1047,6 +1041,8 @@ def main():
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
                               mixed_precision="bf16" if half else "no")
     processes = accelerator.num_processes
+    if accelerator.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        fail("every process needs the whole model here; GRPO's trainer can shard it (FSDP2)")
     if config.batch_size // config.group_size % processes:
         fail(f"{processes} processes cannot share the problems of an update: change --batch-size")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
@@ -1070,15 +1066,19 @@ def main():
         words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
         print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(130)
-    accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")
         about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
                      seed=config.seed, versions=versions, result=result)
         write(out / "train.json", json.dumps(about, indent=1) + "\n")
         log(f"policy, best policy and tables are in {out}")
-        if not args.smoke:
-            start_judge(out, args)
+    # Processes part when all is saved. One that still holds its connections to the others may abort
+    # on its way out: free_memory lets go of them
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+    if accelerator.is_main_process and not args.smoke:
+        start_judge(out, args)
 
 
 if __name__ == "__main__":

@@ -619,15 +619,14 @@ def parse_args():
         text += f" (default {f.default})" if f.default != "" else ""
         algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
                                metavar=f.type.__name__.upper())
-    files = parser.add_argument_group("files")
+    files = parser.add_argument_group("files and machine")
     files.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                         help="auto is the CPU: the landers live there, the networks are small")
-    machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
-    machine.add_argument("--quiet", action="store_true", help="no output but errors")
+    files.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                       help="auto is the CPU: the landers live there, the networks are small")
+    files.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    files.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())

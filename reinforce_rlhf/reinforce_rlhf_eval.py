@@ -16,8 +16,7 @@ Here a second one reads the answers: the gold score, the true quality, which thi
 Keys of --json FILE and of eval.json: sft and trained, each with reward (the reward model's mean
 score), gold (1-10; null where a prompt is of another world), length (tokens), distinct2 (0-1) and
 entropy (nats per token); win_rate, win_rate_low, win_rate_high (0-1; the trained answer against the
-SFT model's, by gold, else by reward; ties half; 95 % Wilson interval); kl (nats per answer);
-reward_model_accuracy (0-1, held-out pairs); ece (0-1).
+SFT model's, by gold, else by reward; ties half; 95 % Wilson interval); kl (nats per answer).
 Keys of a reward model's eval.json: accuracy, accuracy_low, accuracy_high (0-1; in the order of
 gold, else of the annotators), accuracy_annotators (0-1), margin (mean), ece (0-1).
 """
@@ -341,23 +340,26 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
 
 
-def answers_and_pairs(flags, world, answers=True):
-    """(answers of the SFT model, of the trained one, scored pairs), from make_answers.py."""
+def answers_of_both(flags, world):
+    """(answers of the SFT model, of the trained one), from make_answers.py."""
     with tempfile.TemporaryDirectory() as folder:
-        path, pairs = Path(folder) / "answers.jsonl", Path(folder) / "pairs.jsonl"
-        start_answers([*flags, "--pairs", pairs] + (["--out", path] if answers else []))
-        rows = read_answers(path, world) if answers else []
-        scored = json_lines(pairs)
-    sft, trained = [[row for row in rows if row["model"] == name] for name in ("sft", "trained")]
-    return sft, trained, scored
+        start_answers([*flags, "--out", Path(folder) / "answers.jsonl"])
+        rows = read_answers(Path(folder) / "answers.jsonl", world)
+    return [[row for row in rows if row["model"] == name] for name in ("sft", "trained")]
+
+
+def scored_pairs(reward_model):
+    """The held-out pairs of a reward model's data with its margins, from make_answers.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_answers(["--reward-model", reward_model, "--pairs", Path(folder) / "pairs.jsonl"])
+        return json_lines(Path(folder) / "pairs.jsonl")
 
 
 def made_up():
-    """What answers_and_pairs returns, for --smoke."""
+    """What answers_of_both returns, for --smoke."""
     row = dict(prompt="What is sleep?", text="It is a rest.", reward=0.0, length=5, kl=0.0,
                entropy=0.0, grades=None, gold=None)
-    pair = dict(prompt="What is sleep?", chosen="A rest.", rejected="No.", margin=1.0, p=0.7)
-    return [row], [row], [pair]
+    return [row], [row]
 
 
 def text(given):
@@ -398,8 +400,7 @@ def report(args, world):
     """Prints a line about each reward model."""
     shipped = [HERE / "weights" / f"reward_model_level{level}" for level in (1, 2)]
     for path in [args.reward_model] if args.reward_model else shipped:
-        _, _, pairs = answers_and_pairs(["--reward-model", path], world, answers=False)
-        print(f"{path}\n    {reward_model_line(pairs, world)}", flush=True)
+        print(f"{path}\n    {reward_model_line(scored_pairs(path), world)}", flush=True)
 
 
 def main():
@@ -417,26 +418,26 @@ def main():
     flags = ["--weights", out or args.weights, "--samples", samples, "--seed",
              config["seed"] if args.seed is None else args.seed]
     for flag, value in (("--level", args.level), ("--prompt", args.prompt),
-                        ("--reward-model", args.reward_model if policy else out / "reward_model")):
+                        ("--reward-model", args.reward_model)):
         flags += [flag, value] if value else []
-    flags = flags if policy else flags[-2:]
-    sft, trained, pairs = made_up() if args.smoke else answers_and_pairs(flags, world, policy)
-    if args.prompt:
-        return print(side_by_side(sft, trained, 1, 1))
-    result = judge_pairs(pairs, world)
     if policy:
-        found = dict(reward_model_accuracy=result["accuracy"], ece=result["ece"])
-        result = compare(sft, trained) | found
+        sft, trained = made_up() if args.smoke else answers_of_both(flags, world)
+        if args.prompt:
+            return print(side_by_side(sft, trained, 1, 1))
+        result = compare(sft, trained)
         log(f"{len(sft) // samples} prompts, {samples} answers each\n\n{table(result)}\n")
         log(verdict(result))
-    log(reward_model_line(pairs, world))
+    else:
+        pairs = scored_pairs(out / "reward_model")
+        result = judge_pairs(pairs, world)
+        log(reward_model_line(pairs, world))
     for path in files:
         write(path, json.dumps(result, indent=1) + "\n")
     if args.run:
         plot_curve(out / "curve.png", metrics, gold_curve(out, world), config)
     if args.run and policy:
         log(next_step(out, train))
-    if args.show:
+    if args.show and policy:
         log(side_by_side(sft, trained, args.show, samples))
 
 

@@ -401,9 +401,9 @@ def draw_movie(run, path):
 def before_and_after(directory):
     """Histograms of reward and gold of the SFT model and the shipped policy, and the win rate at
     equal length."""
-    from reinforce_rlhf_eval import answers_and_pairs, column, load_world
+    from reinforce_rlhf_eval import answers_of_both, column, load_world
     flags = ["--weights", HERE / "weights" / "policy_level1"]
-    sft, trained, _ = answers_and_pairs(flags, load_world())
+    sft, trained = answers_of_both(flags, load_world())
     print(f"win rate at equal length: {length_controlled(sft, trained):.1%}")
     labels = dict(reward="reward model's score", gold="gold score (1-10), never trained on")
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 3.3), layout="constrained")
@@ -438,14 +438,13 @@ def length_controlled(sft, trained):
 
 def reward_models(directory):
     """The table of the two shipped reward models, and their margins, calibration, length bias."""
-    from reinforce_rlhf_eval import answers_and_pairs, column, gold_margins, judge_pairs, load_world
+    from reinforce_rlhf_eval import column, gold_margins, judge_pairs, load_world, scored_pairs
     world = load_world()
     print("| reward model | order of gold | order of the annotators | ECE | mean margin "
           "| chosen shorter | chosen about as long | chosen longer |\n" + "|---" * 8 + "|")
     figure, axes = pyplot().subplots(2, 3, figsize=(13, 6.8), layout="constrained")
     for level, (left, middle, right) in zip((1, 2), axes):
-        flags = ["--reward-model", HERE / "weights" / f"reward_model_level{level}"]
-        pairs = answers_and_pairs(flags, world, answers=False)[2]
+        pairs = scored_pairs(HERE / "weights" / f"reward_model_level{level}")
         found, gold = judge_pairs(pairs, world), gold_margins(pairs, world)
         margin, p = np.array(column(pairs, "margin")), np.array(column(pairs, "p"))
         gap = np.array([len(row["chosen"].split()) - len(row["rejected"].split()) for row in pairs])

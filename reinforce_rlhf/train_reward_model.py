@@ -531,9 +531,8 @@ def load_model(kind, name):
         model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
-             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
-             "encoder-decoder), or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give the "
+             f"directory or hub name of a whole {kind.__name__} (no adapter, no encoder-decoder)")
     # The library fills weights that a file lacks with random numbers, and drops those too many
     if any(report.values()):
         fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
@@ -551,7 +550,7 @@ def context_of(model):
 
 
 def random_model(kind):
-    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    """A GPT-2 of one layer that reads bytes, for --smoke: it runs wherever the script stands."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, num_labels=1,
@@ -663,15 +662,14 @@ def parse_args():
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default {f.default})" if f.default != "" else ""
         algorithm.add_argument(flag_of(f), dest=f.name, help=text, type=f.type, metavar="…")
-    files = parser.add_argument_group("files")
+    files = parser.add_argument_group("files and machine")
     files.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win")
     files.add_argument("--out", type=Path, help="run's directory (default: runs/<time>_seed<k>)")
-    machine = parser.add_argument_group("machine")
     gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
-    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
-                         help="default: auto, a GPU if there is one")
-    machine.add_argument("--smoke", action="store_true", help="a tiny model: does it run?")
-    machine.add_argument("--quiet", action="store_true", help="no output but errors")
+    files.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                       help="default: auto, a GPU if there is one")
+    files.add_argument("--smoke", action="store_true", help="a tiny model: does it run?")
+    files.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     file = parser.parse_args(read_config(args.config, "part_1") if args.config else [])
     smoke = dict(model="random", epochs=1, batch_size=2) if args.smoke else {}

@@ -253,9 +253,8 @@ def load_model(kind, name):
         model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
-             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
-             "encoder-decoder), or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give the "
+             f"directory or hub name of a whole {kind.__name__} (no adapter, no encoder-decoder)")
     # The library fills weights that a file lacks with random numbers, and drops those too many
     if any(report.values()):
         fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
@@ -280,7 +279,7 @@ def end_token(tokenizer):
 
 
 def random_model(kind):
-    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    """A GPT-2 of one layer that reads bytes, for --smoke: it runs wherever the script stands."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = transformers.GPT2Config(

@@ -55,6 +55,7 @@ V vocabulary.
 #                 "tqdm==4.70.1"]
 # ///
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -690,9 +691,8 @@ def load_model(kind, name):
         model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as problem:      # the libraries raise a dozen kinds; the remedy is one
-        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give a "
-             f"directory with a whole Hugging Face model for {kind.__name__} (no adapter, no "
-             "encoder-decoder), or a hub name while the hub can be reached")
+        fail(f"model {name} cannot be loaded ({' '.join(str(problem).split())[:150]}): give the "
+             f"directory or hub name of a whole {kind.__name__} (no adapter, no encoder-decoder)")
     # The library fills weights that a file lacks with random numbers, and drops those too many
     if any(report.values()):
         fail(f"model {name} is no whole {type(model).__name__}: {str(report)[:250]}")
@@ -740,7 +740,7 @@ def end_token(tokenizer):
 
 
 def random_model(kind):
-    """A GPT-2 of one layer that reads bytes, for a --smoke where no weights are shipped."""
+    """A GPT-2 of one layer that reads bytes, for --smoke: it runs wherever the script stands."""
     tokenizer = transformers.ByT5Tokenizer()          # a token per byte: it needs no file
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = transformers.GPT2Config(
@@ -861,15 +861,13 @@ def load_checkpoint(out, policy, optimizer, processes):
         # −.5, where --q0 learned begins, is about the mean reward. Each process has its own replay
         return dict(epoch=0, rows=[], clock=[], processes=processes, q0=-0.5,
                     replays=[[] for _ in range(processes)])
-    try:
+    with contextlib.suppress(Exception):              # torch raises many kinds; the remedy is one
         saved = torch.load(path, map_location="cpu", weights_only=True)
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["state"]["processes"] == processes:  # else its answers would be other ones
             return saved["state"]
-    except Exception:                 # torch raises many kinds; the remedy is one
-        fail(f"{path} is damaged or of another model; start a new run")
-    fail(f"--resume {out}: that run has another number of processes than {processes}")
+    fail(f"{path} is damaged, of another model, or of another number of processes than {processes}")
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -913,18 +911,17 @@ def parse_args():
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default {f.default})" if f.default not in ("", False) else ""
         algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
-    files = parser.add_argument_group("files")
+    files = parser.add_argument_group("files and machine")
     files.add_argument("--preset", choices=PRESETS,
                        help="original: those of the repository that the lesson follows; flags win")
     files.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
     files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
-    machine = parser.add_argument_group("machine")
     gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
-    machine.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
-                         default="auto", help="auto: a GPU if there is one")
-    machine.add_argument("--smoke", action="store_true", help="2 tiny epochs: does it run?")
-    machine.add_argument("--quiet", action="store_true", help="no output but errors")
+    files.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+                       default="auto", help="auto: a GPU if there is one")
+    files.add_argument("--smoke", action="store_true", help="2 tiny epochs: does it run?")
+    files.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     return given, args
@@ -932,14 +929,11 @@ def parse_args():
 
 def new_run(given, args):
     """The configuration of a new run: defaults, then --preset, --smoke, and the flags."""
-    smoke = dict(epochs=2, samples=16, batch_size=8, q0_samples=8) if args.smoke else {}
-    preset = PRESETS[args.preset] if args.preset else {}
-    settings = preset | smoke | given
+    smoke = dict(model="random", epochs=2, samples=16, batch_size=8, q0_samples=8)
+    settings = PRESETS.get(args.preset, {}) | (smoke if args.smoke else {}) | given
     if "model" not in settings and not (HERE / "weights" / "base").exists():
-        if not args.smoke:
-            fail(f"there is no model in {HERE / 'weights'}; make it with python "
-                 "make_base_models.py, or give --model")
-        settings["model"] = "random"
+        fail(f"there is no model in {HERE / 'weights'}; make it with python "
+             "make_base_models.py, or give --model")
     if settings.get("model") and Path(settings["model"]).exists():
         # --resume may start in another directory
         settings["model"] = str(Path(settings["model"]).resolve())
@@ -1001,6 +995,8 @@ def main():
     if accelerator.device.type == "cpu" and config.model in ("random", ""):
         torch.set_num_threads(1)      # so small a model is faster on one core than shared by two
     processes = accelerator.num_processes
+    if accelerator.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        fail("every process needs the whole model here; GRPO's trainer can shard it (FSDP2)")
     if config.batch_size % processes:
         fail(f"--batch-size {config.batch_size} cannot be shared equally by {processes} processes; "
              "change it")
@@ -1026,15 +1022,19 @@ def main():
         words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
         print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(130)
-    accelerator.end_training()
     if accelerator.is_main_process:
         save(policy, tokenizer, out / "policy")
         about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
                      seed=config.seed, versions=versions, result=result)
         write(out / "train.json", json.dumps(about, indent=1) + "\n")
         log(f"policy and tables are in {out}")
-        if not args.smoke:
-            start_judge(out, args)
+    # Processes part when all is saved. One that still holds its connections to the others may abort
+    # on its way out: free_memory lets go of them
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+    if accelerator.is_main_process and not args.smoke:
+        start_judge(out, args)
 
 
 if __name__ == "__main__":

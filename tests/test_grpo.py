@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 
@@ -589,6 +590,55 @@ def test_two_processes_train_together(tmp_path):
     answers = (tmp_path / "o" / "samples" / "0002.jsonl").read_text().splitlines()
     assert len(answers) == 4                                      # the half of the first process
     assert_one_line_error(call(train, "--resume", tmp_path / "o", "--quiet", "--device", "cpu"), "another number of processes")
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, {folder!r})
+import train_grpo as train
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+
+def sharded(*_, **__):            # accelerate shards on GPUs only, unless its state is told that this is a sharded run
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    return accelerator
+
+original, parts = train.update, []
+def update(config, accelerator, policy, *rest):
+    parts[:] = [(tuple(p.to_local().shape), tuple(p.shape)) for p in policy.parameters()]
+    return original(config, accelerator, policy, *rest)
+
+train.Accelerator, train.update = sharded, update
+if "--resume" not in sys.argv:
+    train.start_judge = lambda *_: None
+train.main()
+assert all(own[0] == -(-whole[0] // 2) for own, whole in parts[:3]), parts        # the first process has half of the rows of every weight
+import os; os._exit(0)
+"""
+
+
+def test_a_policy_sharded_by_fsdp2_trains_like_a_whole_one(tmp_path):
+    """Two processes with half of every weight each: same samples, rewards and final weights as two with all of it. They need different numbers of sampling steps, which would
+    hang if sampling had to exchange weights."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.format(folder=str(FOLDER)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--updates", "2", "--batch-size", "8", "--group-size", "2", "--micro-batch", "2", "--max-new-tokens", "60", "--lr", "1e-4", "--save-every", "1", "--quiet"]
+    for name, program in (("whole", TRAIN), ("sharded", script)):
+        process = subprocess.run([*torchrun, str(program), *flags, "--out", str(tmp_path / name)], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert process.returncode == 0, process.stderr[-3000:]
+    one, two = (list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("whole", "sharded"))
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two):
+        assert {key: float(value) for key, value in a.items()} == pytest.approx({key: float(value) for key, value in b.items()}, rel=1e-3, abs=1e-5)
+    for directory in ("policy-0001", "policy"):
+        a, b = (safetensors.torch.load_file(tmp_path / name / directory / "model.safetensors") for name in ("whole", "sharded"))
+        assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    assert not (tmp_path / "sharded" / "checkpoint.pt").exists()
+    process = subprocess.run([*torchrun, str(script), "--resume", str(tmp_path / "whole")], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.returncode and "no --resume" in process.stderr
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "llama"])

@@ -739,7 +739,7 @@ def whole(data, tmp_path_factory):
     return out, process
 
 
-RESULT = {"sft", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl", "reward_model_accuracy", "ece"}
+RESULT = {"sft", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl"}
 
 
 def test_a_run_leaves_what_the_readme_promises(whole):
@@ -754,7 +754,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert not list(out.rglob("*.part"))
     result = json.loads((out / "eval.json").read_text())
     assert set(result) == RESULT and set(result["sft"]) == set(result["trained"]) == {"reward", "gold", "length", "distinct2", "entropy"}
-    assert json.loads((out / "reward_model_run" / "eval.json").read_text())["accuracy"] == result["reward_model_accuracy"]
+    assert 0 <= json.loads((out / "reward_model_run" / "eval.json").read_text())["accuracy"] <= 1
     rows = rows_of(out / "metrics.csv")
     assert [row["update"] for row in rows] == list(range(1, 13)) and abs(rows[0]["kl"]) < 1e-3 < abs(rows[-1]["kl"]) and not any("gold" in name for name in rows[0])
     for row in rows:
@@ -1246,6 +1246,7 @@ def test_shipped_policy_beats_the_sft_model_and_the_reward_models_are_good(tmp_p
     process = run(EVAL, "--samples", "1", "--json", tmp_path / "e.json", env=ONE_THREAD)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "e.json").read_text())
-    assert result["win_rate"] > 0.75 and result["trained"]["gold"] > result["sft"]["gold"] + 1 and result["reward_model_accuracy"] >= 0.78
-    rows = answers.pairs_of(answers.load_judge(FOLDER / "weights" / "reward_model_level2"), answers.read_rows(FOLDER / "data", "held_out"), 128)
-    assert evaluation.judge_pairs(rows, WORLD)["accuracy"] >= 0.78
+    assert result["win_rate"] > 0.75 and result["trained"]["gold"] > result["sft"]["gold"] + 1
+    for level in (1, 2):
+        rows = answers.pairs_of(answers.load_judge(FOLDER / "weights" / f"reward_model_level{level}"), answers.read_rows(FOLDER / "data", "held_out"), 128)
+        assert evaluation.judge_pairs(rows, WORLD)["accuracy"] >= 0.78

@@ -669,14 +669,13 @@ def parse_args():
         text += f" (default {f.default})" if f.default != "" else ""
         algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
                                metavar=f.type.__name__.upper())
-    files = parser.add_argument_group("files")
+    files = parser.add_argument_group("files and machine")
     files.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu"), default="auto",
-                         help="the CPU: for so small a network a GPU only adds waiting")
-    machine.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
-    machine.add_argument("--quiet", action="store_true", help="no output but errors")
+    files.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                       help="the CPU: for so small a network a GPU only adds waiting")
+    files.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    files.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     return given, args

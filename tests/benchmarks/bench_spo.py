@@ -1,6 +1,8 @@
 """SPO: answers per second of the trainer's own update, many answers a step against one at a time.
 
-    python tests/benchmarks/bench_spo.py        under a minute; prints a Markdown table
+    python tests/benchmarks/bench_spo.py                          under a minute; prints a Markdown table
+    python tests/benchmarks/bench_spo.py --model DIRECTORY        a real model (tests/real/smollm2.py): what
+                                                                  it brings to read the prompt once
 
 Same model, same loss, one process.
 """
@@ -60,13 +62,52 @@ def plain_step(config, policy, reference, tokenizer, optimizer, rng, q0):
     optimizer.step()
 
 
+def own_prompt(model, prompt_ids, completion_ids, completion_mask):
+    """completion_logprobs as it is usually written: every answer has its own copy of the prompt."""
+    ids = torch.cat([prompt_ids.expand(len(completion_ids), -1), completion_ids], dim=1)
+    found = model(input_ids=ids, use_cache=False, logits_to_keep=completion_ids.shape[1] + 1)
+    logprobs = found.logits[:, :-1].float().log_softmax(dim=-1)
+    return (logprobs.gather(-1, completion_ids[..., None])[..., 0] * completion_mask).sum(dim=-1)
+
+
+def compare_prompts(accelerator, model, steps):
+    """Prints the seconds of a training step with and without a shared prompt, taken in turns."""
+    config = replace(CONFIG, **spo.PRESETS["smollm2"] | dict(model=str(model), behaviour="uniform"))
+    policy, tokenizer = spo.load_policy(config)
+    reference, _ = spo.load_policy(config)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0)      # the same weights for both
+    ways = {"own prompt": own_prompt, "shared prompt": spo.completion_logprobs}
+    seconds, gradients = {name: [] for name in ways}, {}
+    for step in range(steps + 1):                                  # the first warms up
+        for name, way in ways.items():
+            spo.completion_logprobs, known, rng = way, {}, np.random.default_rng(step)
+            start = time.perf_counter()
+            batch, _ = spo.collect(config, accelerator, policy, reference, tokenizer, rng, None, [], known)
+            spo.update(config, accelerator, policy, optimizer, torch.tensor(-0.1), batch)
+            seconds[name] += [time.perf_counter() - start] * (step > 0)
+            gradients[name] = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    T, (own, shared) = spo.prompt_tokens(tokenizer).shape[1], gradients.values()
+    different = len(batch["completion_ids"])
+    print(f"a prompt of {T} tokens, {config.batch_size} answers ({different} different ones in the last step)\n")
+    print("| | seconds per step, median | answers per second |\n|---|---|---|")
+    for name, values in seconds.items():
+        print(f"| {name} | {np.median(values):.2f} | {config.batch_size / np.median(values):.1f} |")
+    ratio = np.median(seconds["own prompt"]) / np.median(seconds["shared prompt"])
+    gap = ((own - shared).norm() / own.norm()).item()
+    print(f"\n{ratio:.1f} times as many; the gradients differ by {gap:.1e} of their length")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--steps", type=int, default=5, help="with --model")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     spo.transformers.logging.disable_progress_bar()
     accelerator, B = Accelerator(cpu=True), CONFIG.batch_size
+    if args.model:
+        return compare_prompts(accelerator, args.model, args.steps)
     rates = {"1": rate(accelerator, 1, 300, False),
              f"{B}, each answer scored": rate(accelerator, B, 40, False),
              f"{B}, equal answers scored once (the trainer)": rate(accelerator, B, 40, True)}

@@ -1,13 +1,15 @@
 """PandaLM's human judgements as preference pairs for reinforce_rlhf, in two halves.
 
-    python tests/real/pandalm.py testset-v1.json          prints the directory with half_a, half_b
+    python tests/real/pandalm.py testset-v1.json          prints the directory with half_a, half_b,
+                                                          prompts_a.txt, prompts_b.txt
 
 Three people have compared two answers to an instruction, 999 times (Apache-2.0):
 https://raw.githubusercontent.com/WeOpenML/PandaLM/main/data/testset-v1.json
 A pair is kept where at least two of the three prefer the same answer. What is left out is counted
 and printed. The PROMPTS are split into two halves: half_a has its pairs for training and those of
 half_b held out, and the other way round. So two reward models can be trained on different prompts:
-one for training (the proxy), the other for judging (gold; Gao et al., arXiv 2210.10760).
+one for training (the proxy), the other for judging (gold; Gao et al., arXiv 2210.10760). The text
+files hold the 32 shortest prompts of each half, one per line, for grpo_lm.
 """
 import argparse
 import collections
@@ -61,6 +63,12 @@ def write_half(directory, train, held_out):
         (directory / f"{name}.jsonl").write_text(text, encoding="utf8", newline="\n")
 
 
+def write_prompts(path, pairs, count=32):
+    """The shortest prompts of the pairs, one per line: a line break becomes a space."""
+    prompts = sorted({" ".join(pair["prompt"].split()) for pair in pairs}, key=lambda text: (len(text), text))
+    path.write_text("".join(prompt + "\n" for prompt in prompts[:count]), encoding="utf8", newline="\n")
+
+
 def longer_wins(pairs):
     """How often the longer answer is the preferred one; equal lengths count half."""
     wins = [(len(pair["chosen"]) > len(pair["rejected"])) + (len(pair["chosen"]) == len(pair["rejected"])) / 2
@@ -84,6 +92,8 @@ def main():
     half_b = [pair for pair in pairs if pair["prompt"] not in first]
     write_half(args.directory / "half_a", half_a, half_b)
     write_half(args.directory / "half_b", half_b, half_a)
+    write_prompts(args.directory / "prompts_a.txt", half_a)
+    write_prompts(args.directory / "prompts_b.txt", half_b)
     for reason, count in left_out.items():
         print(f"left out: {count} records, {reason}", file=sys.stderr)
     for name, half in (("half_a", half_a), ("half_b", half_b)):
