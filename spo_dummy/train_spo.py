@@ -237,10 +237,12 @@ def completion_logprobs(model, prompt_ids, completion_ids, completion_mask):
     """
     # The prompt is read once. The cache, the model's memory of it, serves all B answers
     start = model(input_ids=prompt_ids, use_cache=True, logits_to_keep=1)           # [1, 1, V]
-    B, cache = len(completion_ids), start.past_key_values
+    (B, L), cache = completion_ids.shape, start.past_key_values
     cache.batch_repeat_interleave(B)
-    rest = model(input_ids=completion_ids[:, :-1], past_key_values=cache, use_cache=True)
-    logits = torch.cat([start.logits.expand(B, -1, -1), rest.logits], dim=1)        # [B, L, V]
+    logits = start.logits.expand(B, -1, -1)                                         # [B, 1, V]
+    if L > 1:                         # else all answers are empty: nothing but the end token
+        rest = model(input_ids=completion_ids[:, :-1], past_key_values=cache, use_cache=True)
+        logits = torch.cat([logits, rest.logits], dim=1)                            # [B, L, V]
     logprobs = logits.float().log_softmax(dim=-1)     # in fp32: bf16 would round each of them
     chosen = logprobs.gather(-1, completion_ids[..., None]).squeeze(-1)             # [B, L]
     return (chosen * completion_mask).sum(dim=-1)                                   # [B]

@@ -74,6 +74,14 @@ def test_sum_equals_a_token_by_token_loop_and_ignores_padding(model):
 
 
 @each_model
+def test_a_batch_of_empty_answers_has_the_probability_of_the_end_token(model):
+    prompt = torch.tensor([[5, 6, 7]])
+    got = train.completion_logprobs(model, prompt, *train.pad([[2], [2]], 0))
+    wanted = model(input_ids=prompt).logits[0, -1].log_softmax(-1)[2]
+    torch.testing.assert_close(got, wanted.expand(2), atol=1e-5, rtol=0)
+
+
+@each_model
 def test_padding_with_the_end_token_itself_changes_nothing(model):
     prompt, rows = torch.tensor([[5, 6, 7]]), [[10, 11, 2], [12, 2]]
     results = [train.completion_logprobs(model, prompt, *train.pad(rows, pad_id)) for pad_id in (0, 2)]
@@ -93,7 +101,7 @@ def test_prompt_positions_get_no_gradient_of_their_own_loss(model):
     sum(logprobs[b, 2 + t, completions[b, t]] for b in range(2) for t in range(3) if mask[b, t]).backward()
     for n, p in model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(ours[n], p.grad, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(ours[n], p.grad, atol=1e-5, rtol=1e-5)
 
 
 @each_model
