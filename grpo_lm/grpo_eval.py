@@ -156,8 +156,8 @@ def table(result):
     lines = ["           reward    gold  length  distinct-2"]
     for name in ("base", "trained"):
         row = result[name]
-        gold = math.nan if row["gold"] is None else row["gold"]
-        lines.append(f"{name:8} {row['reward']:8.2f} {gold:7.2f} {row['length']:7.1f} "
+        gold = "-" if row["gold"] is None else f"{row['gold']:.2f}"
+        lines.append(f"{name:8} {row['reward']:8.2f} {gold:>7} {row['length']:7.1f} "
                      f"{row['group_distinct2']:11.3f}")
     return "\n".join(lines)
 

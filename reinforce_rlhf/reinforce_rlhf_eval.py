@@ -168,8 +168,8 @@ def table(result):
     for title, name in (("SFT", "sft"), ("Trained", "trained")):
         row = result[name]
         gain = "-" if name == "sft" else f"{row['reward'] - result['sft']['reward']:+.4f}"
-        gold = math.nan if row["gold"] is None else row["gold"]
-        lines.append(f"| {title} | {row['reward']:.4f} | {gain} | {gold:.2f} | {row['length']:.1f} "
+        gold = "-" if row["gold"] is None else f"{row['gold']:.2f}"
+        lines.append(f"| {title} | {row['reward']:.4f} | {gain} | {gold} | {row['length']:.1f} "
                      f"| {row['distinct2']:.3f} | {row['entropy']:.3f} |")
     return "\n".join(lines)
 
