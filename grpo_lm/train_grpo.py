@@ -695,8 +695,8 @@ def load_reward_model(config):
     model, tokenizer = load_model(AutoModelForSequenceClassification, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if model.config.num_labels != 1 or tokenizer.pad_token is None:
-        fail(f"reward model {name} must have one logit, not {model.config.num_labels}, and a "
-             f"padding token, not {tokenizer.pad_token}")
+        fail(f"reward model {name} has {model.config.num_labels} logits and the padding token "
+             f"{tokenizer.pad_token}; it needs one logit and such a token")
     tokenizer.padding_side = "right"
     # GPT-like classifiers read the last token that is not padding
     model.config.pad_token_id = tokenizer.pad_token_id
