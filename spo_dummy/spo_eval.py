@@ -437,11 +437,10 @@ def main():
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
         return judge_run(out, args.quiet)
     policy, reference, tokenizer, config = load_run("random" if args.smoke else args.weights)
-    target, beta = config["target"], config["beta"]
     logprobs = enumerate_answers(policy, tokenizer)
     ref_logprobs = enumerate_answers(reference, tokenizer)
-    result = judge(logprobs, ref_logprobs, target, beta)
-    lines = [f"target {target}, β {beta}: total variation distance to π* {result['tv']:.4f}, "
+    result = judge(logprobs, ref_logprobs, config["target"], config["beta"])
+    lines = [f"target {result['target']}, β {result['beta']}: total variation {result['tv']:.4f}, "
              f"KL(π_θ‖π*) {result['kl']:.4f} nats, invalid answers {result['invalid_mass']:.2%}",
              f"expected |guess − target| {result['mean_distance']:.2f} (optimum "
              f"{result['optimal_mean_distance']:.2f}); exact Q0 {result['q0']:.4f}; "

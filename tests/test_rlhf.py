@@ -1019,7 +1019,9 @@ def test_a_run_with_another_model_and_prompts_without_gold(kind, level, tmp_path
     assert process.returncode == 0, process.stderr
     assert "baseline" not in rows_of(tmp_path / "o" / "metrics.csv")[0]
     process = run(EVAL, "--run", tmp_path / "o", "--samples", "1", cwd="/")
-    assert process.returncode == 0 and "by reward" in process.stdout and "in the order of the annotators" in process.stdout, process.stderr
+    assert process.returncode == 0 and "by reward" in process.stdout, process.stderr
+    process = run(EVAL, "--run", tmp_path / "r", cwd="/")
+    assert process.returncode == 0 and "in the order of the annotators" in process.stdout, process.stderr
     assert json.loads((tmp_path / "o" / "eval.json").read_text())["sft"]["gold"] is None and (tmp_path / "o" / "curve.png").exists()
 
 
