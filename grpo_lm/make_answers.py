@@ -193,6 +193,21 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def read_once(model, prompt_ids, prompt_mask, which):
+    """Reads each prompt once, for all answers to it. Returns the model's output.
+
+    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the prompt of each answer. The
+    output's cache [B] is the model's memory of the tokens it has read, a row for each answer: each
+    further token then costs one token.
+    """
+    # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
+    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
+    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+                  use_cache=True, logits_to_keep=1)
+    start.past_key_values.batch_select_indices(which)
+    return start
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
@@ -202,21 +217,15 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
-    # A prompt is read once; its cache then serves G answers. Positions count from the first real
-    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
-    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
-    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-                  use_cache=True, logits_to_keep=1)
+    device = prompt_ids.device
+    which = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)        # [B]
+    start = read_once(model, prompt_ids, prompt_mask, which)
     cache = start.past_key_values
-    cache.batch_repeat_interleave(group_size)
     for layer in cache.layers:        # room for the new tokens, far below
         layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
-    logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
-    position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
-
-    B, device = len(mask), prompt_ids.device
+    logits, B = start.logits[which, -1], len(which)                     # [B, V]
+    mask = prompt_mask[which]                                           # [B, T], grows by 1 a step
+    position = mask.sum(dim=1, keepdim=True) - 1                        # [B, 1]
     ends = torch.tensor(ends, device=device)
     completion_ids = ends[0].repeat(B, max_tokens)                      # [B, max_tokens]
     logprobs = torch.zeros(B, max_tokens, device=device)                # [B, max_tokens]
@@ -268,12 +277,16 @@ def completion_logprobs(model, batch, temperature):
         logits used at                        it     a    cat
         they predict                          a      cat  E
     """
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)            # [B, T + L]
+    prompts = torch.stack([batch["prompt_ids"], batch["prompt_mask"]], dim=1)         # [B, 2, T]
+    # The different prompts, and the number of each answer's. Each is read once, with its gradient
+    prompts, which = prompts.unique(dim=0, return_inverse=True)         # [P, 2, T], [B]
+    start = read_once(model, *prompts.unbind(dim=1), which)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B, T + L]
-    L = batch["completion_ids"].shape[1]
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                   logits_to_keep=L + 1).logits[:, :-1]                 # [B, L, V]
+    T = batch["prompt_ids"].shape[1]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, T:]            # [B, L]
+    rest = model(input_ids=batch["completion_ids"], attention_mask=mask, position_ids=positions,
+                 past_key_values=start.past_key_values, use_cache=True)
+    logits = torch.cat([start.logits[which], rest.logits[:, :-1]], dim=1)             # [B, L, V]
     logits = logits.float() / temperature                               # as in sampling
     # log_softmax of the sampled tokens only, without a second tensor [B, L, V]
     chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)        # [B, L]

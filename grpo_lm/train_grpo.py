@@ -121,7 +121,6 @@ class Config:
     update_epochs: int = hp(1, "gradient steps per batch; from the second on, ratios leave 1 and "
                             "the clip acts", low=1)
     micro_batch: int = hp(32, "answers per forward pass: memory and speed, not the result", low=1)
-    gradient_checkpointing: bool = hp(False, "less memory, more time")
     # For the reader
     save_every: int = hp(0, "keep the policy of every so many updates; 0: only the last", low=0)
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
@@ -141,12 +140,9 @@ def load_policy(config):
     """(model, tokenizer) that training starts from: in fp32, without dropout."""
     model, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "base")
     # The policy that samples and the one that is trained must be the same function, else the
-    # ratio of Eq. 2 is not 1 at the start. eval() is not enough: gradient checkpointing works in
-    # training mode only, and there dropout would come back
+    # ratio of Eq. 2 is not 1 at the start: no dropout, not even where update() calls train()
     if config.broken != "dropout-on":                                   # BREAK
         remove_dropout(model)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
     check_policy(model.eval(), tokenizer, config.model)
     return model, tokenizer
 
@@ -162,9 +158,7 @@ def remove_dropout(model):
 
 def load_prompts(config, policy, tokenizer, judge):
     """The training prompts; an error if a prompt and its answer would not fit into a context."""
-    if config.model == "random":
-        prompts = ["What is sleep?", "Tell me about music.", "Describe gravity."]
-    elif config.prompt and not config.prompts:
+    if config.prompt and not config.prompts:
         prompts = [config.prompt]
     else:
         prompts = read_prompts(config.prompts or HERE / "weights" / "prompts_train.txt")
@@ -358,6 +352,21 @@ def sample_tokens(logprobs, generator):
     return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
 
 
+def read_once(model, prompt_ids, prompt_mask, which):
+    """Reads each prompt once, for all answers to it. Returns the model's output.
+
+    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the prompt of each answer. The
+    output's cache [B] is the model's memory of the tokens it has read, a row for each answer: each
+    further token then costs one token.
+    """
+    # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
+    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
+    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+                  use_cache=True, logits_to_keep=1)
+    start.past_key_values.batch_select_indices(which)
+    return start
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
@@ -367,21 +376,15 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
-    # A prompt is read once; its cache then serves G answers. Positions count from the first real
-    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
-    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
-    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-                  use_cache=True, logits_to_keep=1)
+    device = prompt_ids.device
+    which = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)        # [B]
+    start = read_once(model, prompt_ids, prompt_mask, which)
     cache = start.past_key_values
-    cache.batch_repeat_interleave(group_size)
     for layer in cache.layers:        # room for the new tokens, far below
         layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
-    logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
-    position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
-
-    B, device = len(mask), prompt_ids.device
+    logits, B = start.logits[which, -1], len(which)                     # [B, V]
+    mask = prompt_mask[which]                                           # [B, T], grows by 1 a step
+    position = mask.sum(dim=1, keepdim=True) - 1                        # [B, 1]
     ends = torch.tensor(ends, device=device)
     completion_ids = ends[0].repeat(B, max_tokens)                      # [B, max_tokens]
     logprobs = torch.zeros(B, max_tokens, device=device)                # [B, max_tokens]
@@ -433,12 +436,16 @@ def completion_logprobs(model, batch, temperature):
         logits used at                        it     a    cat
         they predict                          a      cat  E
     """
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)            # [B, T + L]
+    prompts = torch.stack([batch["prompt_ids"], batch["prompt_mask"]], dim=1)         # [B, 2, T]
+    # The different prompts, and the number of each answer's. Each is read once, with its gradient
+    prompts, which = prompts.unique(dim=0, return_inverse=True)         # [P, 2, T], [B]
+    start = read_once(model, *prompts.unbind(dim=1), which)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B, T + L]
-    L = batch["completion_ids"].shape[1]
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                   logits_to_keep=L + 1).logits[:, :-1]                 # [B, L, V]
+    T = batch["prompt_ids"].shape[1]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, T:]            # [B, L]
+    rest = model(input_ids=batch["completion_ids"], attention_mask=mask, position_ids=positions,
+                 past_key_values=start.past_key_values, use_cache=True)
+    logits = torch.cat([start.logits[which], rest.logits[:, :-1]], dim=1)             # [B, L, V]
     logits = logits.float() / temperature                               # as in sampling
     # log_softmax of the sampled tokens only, without a second tensor [B, L, V]
     chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)        # [B, L]
@@ -542,9 +549,8 @@ def update(config, accelerator, policy, optimizer, batch):
             raise FloatingPointError("the gradient is not finite")
         optimizer.step()
     sums = accelerator.reduce(sums, "sum") / config.update_epochs
-    policy_loss, kl_loss, clip_ratio = sums.tolist()
-    return dict(policy_loss=policy_loss, kl_loss=kl_loss, clip_ratio=clip_ratio,
-                grad_norm=grad_norm)
+    names = ("policy_loss", "kl_loss", "clip_ratio")
+    return dict(zip(names, sums.tolist()), grad_norm=grad_norm)
 
 
 # ---- what --break does (skip it at first) -------------------------------------------------------
@@ -608,17 +614,14 @@ def train(config, out, accelerator, log=print, bar=False):
         with accelerator.autocast():
             batch, texts = collect(config, accelerator, model, reference, tokenizer, judge, asked,
                                    generator)
-        sampled = time.perf_counter()
-        # Dropout is 0 (load_policy), so train() only lets --gradient-checkpointing act
-        policy.train()
+        policy.train()                                # no dropout comes back: see load_policy
         terms = update(config, accelerator, policy, optimizer, batch)
         model = whole_model(accelerator, policy.eval(), reference)
         row = dict(update=number) | describe(config, accelerator, batch) | terms
         end = time.perf_counter()
         state["update"] = number
         state["rows"].append(row)
-        state["clock"].append(dict(update=number, seconds=end - start,
-                                   sampling_seconds=sampled - start))
+        state["clock"].append(dict(update=number, seconds=end - start))
         log(table_line(row | state["clock"][-1], left=config.updates - number))
         if number == 1 or number % 10 == 0:
             show_answers(log, asked[0], texts[:config.group_size], batch["rewards"])
@@ -658,16 +661,14 @@ def describe(config, accelerator, batch):
         # Per answer, estimated from its tokens: Σ_t log π − log π_ref
         kl=(batch["old_logprobs"] - batch["ref_logprobs"]).sum(dim=1).mean(),
         # Per token, estimated likewise: the mean of −log π (divided below)
-        entropy=-batch["old_logprobs"].sum(),
-        tokens=lengths.sum(),
+        entropy=-batch["old_logprobs"].sum(dim=1).mean(),
         completion_length=lengths.mean(),
         # An answer that ends with its very last token counts as cut off too
         cut_off_ratio=(lengths == config.max_new_tokens).float().mean())
     values = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
     row = dict(zip(means, values))
-    row["entropy"] = row["entropy"] / row["tokens"]   # nats per token
-    del row["tokens"]
-    return row | dict(reward_max=accelerator.gather(grouped).max().item())
+    row["entropy"] /= row["completion_length"]        # nats per token
+    return row
 
 
 # ==== The first reading ends here: what follows turns the algorithm into a program (models, files,
@@ -807,7 +808,7 @@ class RoomyLayer(DynamicLayer):
 
 # (key in the row, heading, format); a row may lack a key
 COLUMNS = (("update", "update", "d"), ("reward", "reward", ".3f"), ("reward_std", "std", ".3f"),
-           ("reward_max", "max", ".2f"), ("frac_reward_zero_std", "equal", ".0%"),
+           ("frac_reward_zero_std", "equal", ".0%"),
            ("kl", "kl", ".2f"), ("entropy", "entropy", ".3f"), ("clip_ratio", "clipped", ".1%"),
            ("completion_length", "length", ".1f"), ("cut_off_ratio", "cut off", ".0%"),
            ("seconds", "seconds", ".2f"), ("left", "left", "s"))
@@ -955,7 +956,7 @@ def parse_args():
 
 def new_run(given, args):
     """The configuration of a new run: defaults, then --preset, --smoke, and the flags."""
-    smoke = dict(model="random", reward_model="random", updates=2, batch_size=4, group_size=2)
+    smoke = dict(model="random", reward_model="random", prompt="Hi.", updates=2, batch_size=8)
     settings = PRESETS.get(args.preset, {}) | (smoke if args.smoke else {}) | given
     for name in ("model", "reward_model", "prompts"):     # --resume may start in another directory
         if settings.get(name) and Path(settings[name]).exists():
@@ -1011,11 +1012,11 @@ def main():
     transformers.logging.disable_progress_bar()
     # With FSDP2, all processes read the weights, not one for all: each keeps a whole reference
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    # bf16 arithmetic on CUDA, but not for the small models
-    half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
+    # fp32 for the small models. Else bf16 arithmetic on CUDA; on a CPU, as accelerate launch says
+    half = "bf16" if torch.cuda.is_available() and args.device != "cpu" else None
     # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
-                              mixed_precision="bf16" if half else "no")
+                              mixed_precision=half if config.model not in ("random", "") else "no")
     processes, sharded = accelerator.num_processes, ("DEEPSPEED", "FSDP", "MEGATRON_LM")
     if accelerator.distributed_type in sharded and (args.resume or not accelerator.is_fsdp2):
         fail("weights are sharded by FSDP2 only (accelerate launch --fsdp_version 2), no --resume")

@@ -232,7 +232,9 @@ def prompt_tokens(tokenizer, prompts):
     rows = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     end = tokenizer.eos_token_id
     # Some tokenizers close each text with the end token; an answer would come after the end
-    rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
+    for row in rows:
+        if row[-1:] == [end]:
+            row.pop()
     # Which token pads does not matter: masks come from lengths, never from `ids != end`
     rows = [torch.tensor(row) for row in rows]
     ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
@@ -270,10 +272,10 @@ def token_terms(logits, ids, naive=False):
     """
     total = logits.logsumexp(dim=-1)                                    # [n]
     likeliest = logits.argmax(dim=-1)                                   # [n]
-    log_all = logits - total[:, None]                                   # [n, V]
     logp, log1mp = coin(logits, total, ids, naive)
     logP, log1mP = coin(logits, total, likeliest, naive)
-    entropy = -(log_all.exp() * log_all).sum(dim=-1)                    # [n]
+    # H = −Σ p·log p, and log p = logit − total
+    entropy = total - (logits.softmax(dim=-1) * logits).sum(dim=-1)     # [n]
     return TokenTerms(logp, log1mp, logP, log1mP, entropy)
 
 
@@ -375,6 +377,21 @@ def sample_tokens(logprobs, generator):
     return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
 
 
+def read_once(model, prompt_ids, prompt_mask, which, **more):
+    """Reads each prompt once, for all answers to it. Returns the model's output.
+
+    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the prompt of each answer. The
+    output's cache [B] is the model's memory of the tokens it has read, a row for each answer: each
+    further token then costs one token.
+    """
+    # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
+    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
+    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+                  use_cache=True, logits_to_keep=1, **more)
+    start.past_key_values.batch_select_indices(which)
+    return start
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
@@ -384,21 +401,15 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
-    # A prompt is read once; its cache then serves G answers. Positions count from the first real
-    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
-    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
-    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-                  use_cache=True, logits_to_keep=1)
+    device = prompt_ids.device
+    which = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)        # [B]
+    start = read_once(model, prompt_ids, prompt_mask, which)
     cache = start.past_key_values
-    cache.batch_repeat_interleave(group_size)
     for layer in cache.layers:        # room for the new tokens, far below
         layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
-    logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
-    position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
-
-    B, device = len(mask), prompt_ids.device
+    logits, B = start.logits[which, -1], len(which)                     # [B, V]
+    mask = prompt_mask[which]                                           # [B, T], grows by 1 a step
+    position = mask.sum(dim=1, keepdim=True) - 1                        # [B, 1]
     ends = torch.tensor(ends, device=device)
     completion_ids = ends[0].repeat(B, max_tokens)                      # [B, max_tokens]
     logprobs = torch.zeros(B, max_tokens, device=device)                # [B, max_tokens]
@@ -469,14 +480,11 @@ def collect(config, policy, tokenizer, problems, generator):
     G = config.group_size
     prompts = [prompt_text(tokenizer, problem.question, config.instruction) for problem in problems]
     prompt_ids, prompt_mask = [x.to(policy.device) for x in prompt_tokens(tokenizer, prompts)]
-    ends = end_tokens(policy, tokenizer)
     pieces = []                                       # of --sampling-batch answers each
     at_once = max(1, config.sampling_batch // G)                        # problems
     for ids, mask in zip(prompt_ids.split(at_once), prompt_mask.split(at_once)):
-        T = int(mask.sum(dim=1).max())
-        piece = generate(policy, ids[:, -T:], mask[:, -T:], G, config.max_new_tokens,
-                         config.temperature, ends, generator)
-        pieces.append(piece)
+        pieces.append(generate(policy, ids, mask, G, config.max_new_tokens, config.temperature,
+                               end_tokens(policy, tokenizer), generator))
     # The pieces as one batch: their rows, padded to the length L of the longest
     rows = [[row for tensor in tensors for row in tensor] for tensors in zip(*pieces)]
     completion_ids, completion_mask, logprobs = [pad_sequence(x, batch_first=True) for x in rows]
@@ -488,8 +496,7 @@ def collect(config, policy, tokenizer, problems, generator):
     return dict(prompt_ids=prompt_ids.repeat_interleave(G, dim=0),      # [B, T]
                 prompt_mask=prompt_mask.repeat_interleave(G, dim=0),
                 completion_ids=completion_ids, completion_mask=completion_mask,
-                old_logprobs=logprobs,
-                rewards=torch.tensor(rewards, device=policy.device)), texts
+                old_logprobs=logprobs, rewards=torch.tensor(rewards, device=policy.device)), texts
 
 
 def update(config, accelerator, policy, optimizer, batch):
@@ -498,14 +505,14 @@ def update(config, accelerator, policy, optimizer, batch):
     Returns loss, grad_norm, trained (answers in the update), correct: over all processes.
     """
     mask, rewards = batch["completion_mask"], batch["rewards"]
-    processes, device = accelerator.num_processes, mask.device
+    processes = accelerator.num_processes
     # Counted over all processes, before the batch is cut: divided by its own number of right
     # answers, a part (or process) with few of them would weigh more
     sequences = len(mask) * processes
     correct = int(accelerator.reduce(rewards.sum(), "sum"))
+    if config.broken == "train-on-wrong":             # BREAK: wrong answers count like right ones
+        rewards = torch.ones_like(rewards)
     weights = sequence_weights(config, rewards, mask, sequences, correct)             # [B, L]
-    if config.broken:
-        weights = sabotage(weights, config, batch, sequences, correct)    # BREAK
     # The entropy has the weights of the loss (Eq. 4), or those of a mean over all answers (Eq. 5)
     entropy_weights = weights                                           # [B, L]
     if config.method == "dr_grpo":
@@ -514,17 +521,17 @@ def update(config, accelerator, policy, optimizer, batch):
 
     # Most answers have no weight (wrong ones; with Dr. GRPO, groups of equal rewards): left out
     matters = weights.abs() + abs(config.ent_coef) * entropy_weights            # [B, L]
-    used = matters.sum(dim=1).nonzero()[:, 0]                           # row numbers
-    trained = int(accelerator.reduce(torch.tensor(len(used), device=device), "sum"))
+    used = matters.sum(dim=1) > 0                                       # [B]
+    trained = int(accelerator.reduce(used.sum(), "sum"))
     if trained == 0:
         return dict(loss=math.nan, grad_norm=math.nan, trained=0, correct=correct)
-    if len(used) == 0:            # the others wait for a gradient: answer 0, whose weight is 0
-        used = torch.arange(1, device=device)
+    if not used.any():            # the others wait for a gradient: answer 0, whose weight is 0
+        used[0] = True
     kept = {name: values[used] for name, values in batch.items()}
     parts = [part for _, part in parts_by_length(kept, config.micro_batch)]
 
     head = last_layer(accelerator.unwrap_model(policy))                 # hidden state -> logits
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=mask.device)
     optimizer.zero_grad()
     for number, part in enumerate(parts, 1):
         # Gradients add up over the parts. Several processes exchange them once, with the last
@@ -551,7 +558,7 @@ def batch_loss(policy, head, part, config):
     150,000 would fill the memory. Those of a chunk are thrown away and computed again on the way
     back (torch's checkpoint, which has nothing to do with checkpoint.pt).
     """
-    states = answer_states(policy, head, part)                          # [B', L, D]
+    states = answer_states(policy, head, part, shared=not config.gradient_checkpointing)
     real = part["completion_mask"] > 0                                  # [B', L]
     columns = (states, part["completion_ids"], part["weights"], part["entropy_weights"])
     # [B', L, D] -> the real tokens of all answers in one row [tokens, D] -> chunks [n, D]
@@ -562,21 +569,32 @@ def batch_loss(policy, head, part, config):
     return loss - config.ent_coef * entropy
 
 
-def answer_states(policy, head, part):
-    """The hidden states that predict the tokens of the answers [B', L, D], with gradient."""
+def answer_states(policy, head, part, shared=True):
+    """The hidden states that predict the tokens of the answers [B', L, D], with gradient.
+
+    The state at one place predicts the NEXT token, so those for an answer begin one place before:
+
+        ids            pad  pad  What  is   it   | a    cat  E           T = 5, L = 3
+        states used                         it     a    cat
+        they predict                        a      cat  E
+    """
     ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)              # [B', T + L]
     mask = torch.cat([part["prompt_mask"], part["completion_mask"].long()], dim=1)    # [B', T + L]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B', T + L]
+    whole = isinstance(head, torch.nn.Identity)       # the model itself makes all logits
     L = part["completion_ids"].shape[1]
-    # A model that does more than `head` to get its logits computes them itself (last_layer)
-    whole = isinstance(head, torch.nn.Identity)
-    found = policy(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                   output_hidden_states=True, logits_to_keep=int(not whole))
-    # The state at one place predicts the NEXT token, so those for an answer begin one place before:
-    #     ids            pad  pad  What  is   it   | a    cat  E           T = 5, L = 3
-    #     states used at                      it     a    cat
-    #     they predict                        a      cat  E
-    states = found.logits if whole else found.hidden_states[-1]
+    first, cache = [], None
+    if shared:        # the different prompts, each read once; `which`: the prompt of each answer
+        prompts = torch.stack([part["prompt_ids"], part["prompt_mask"]], dim=1)       # [B', 2, T]
+        prompts, which = prompts.unique(dim=0, return_inverse=True)     # [P', 2, T], [B']
+        start = read_once(policy, *prompts.unbind(dim=1), which, output_hidden_states=True)
+        first = [states_of(start, whole)[which, -1:]]                   # [B', 1, D]
+        cache = start.past_key_values
+        ids, positions = part["completion_ids"], positions[:, -L:]      # what is left to read
+    # Else each answer reads its own prompt: gradient checkpointing knows no cache
+    rest = policy(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=shared,
+                  past_key_values=cache, output_hidden_states=True, logits_to_keep=int(not whole))
+    states = torch.cat([*first, states_of(rest, whole)], dim=1)         # ends with [B', 1 + L, D]
     return states[:, -L - 1:-1]
 
 
@@ -586,16 +604,6 @@ def chunk_sums(config, head, states, ids, weights, entropy_weights):
     terms = token_terms(logits, ids, naive=config.broken == "naive-log1mp")           # BREAK
     loss = (weights * token_losses(config, terms)).sum()
     return torch.stack([loss, (entropy_weights * terms.entropy).sum()])
-
-
-# ---- what --break does (skip it at first) -------------------------------------------------------
-
-def sabotage(weights, config, batch, sequences, correct):
-    """What --break does to the weights [B, L]. Nothing of this belongs to the methods."""
-    rewards, mask = batch["rewards"], batch["completion_mask"]
-    if config.broken == "train-on-wrong":             # wrong answers count like right ones
-        return sequence_weights(config, torch.ones_like(rewards), mask, sequences, correct)
-    return weights                                    # the other break is marked where it acts
 
 
 # ---- the training loop ------------------------------------------------------------------------
@@ -627,7 +635,6 @@ def train(config, out, accelerator, log=print, bar=False):
         asked, generator = choose(config, accelerator, problems, number)
         with accelerator.autocast():
             batch, texts = collect(config, model, tokenizer, asked, generator)
-        sampled = time.perf_counter()
         # Dropout is 0 (load_policy), so train() only lets --gradient-checkpointing act
         policy.train()
         terms = update(config, accelerator, policy, optimizer, batch)
@@ -637,14 +644,12 @@ def train(config, out, accelerator, log=print, bar=False):
         end = time.perf_counter()
         state["update"] = number
         state["rows"].append(row)
-        state["clock"].append(dict(update=number, seconds=end - start,
-                                   sampling_seconds=sampled - start))
+        state["clock"].append(dict(update=number, seconds=end - start))
         due = number % config.eval_every == 0 or number == config.updates
         if due:
             row = row | greedy_test(config, accelerator, model, tokenizer, tests, state, out)
-        log(table_line(row | state["clock"][-1], left=config.updates - number))
-        if due:
             log(f"{asked[0].question}\n    -> {texts[0]}")
+        log(table_line(row | state["clock"][-1], left=config.updates - number))
         if due and accelerator.is_main_process:
             save_checkpoint(out, model, optimizer, state)
     seconds = sum(row["seconds"] for row in state["clock"])
@@ -690,14 +695,13 @@ def describe(config, accelerator, batch):
     means = dict(
         sampled_accuracy=batch["rewards"].mean(),
         # An estimate from the tokens sampled: −log π per token
-        entropy=-batch["old_logprobs"].sum(),
-        tokens=lengths.sum(),
+        entropy=-batch["old_logprobs"].sum(dim=1).mean(),
         completion_length=lengths.mean(),
         # An answer that ends with its very last token counts as cut off too
         cut_off_ratio=(lengths == config.max_new_tokens).float().mean())
     values = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
     row = dict(zip(means, values))
-    row["entropy"] /= row.pop("tokens")
+    row["entropy"] /= row["completion_length"]
     return row
 
 
@@ -733,6 +737,11 @@ def last_layer(model):
     head = model.get_output_embeddings()
     same = torch.allclose(head(found.hidden_states[-1]), found.logits, rtol=1e-4, atol=1e-4)
     return head if same else torch.nn.Identity()
+
+
+def states_of(output, whole):
+    """What last_layer() makes logits of: hidden states, or all logits themselves."""
+    return output.logits if whole else output.hidden_states[-1]
 
 
 @torch.no_grad()
@@ -1035,11 +1044,11 @@ def main():
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # bf16 arithmetic on CUDA, but not for the small models
-    half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
+    # fp32 for the small models. Else bf16 arithmetic on CUDA; on a CPU, as accelerate launch says
+    half = "bf16" if torch.cuda.is_available() and args.device != "cpu" else None
     # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
-                              mixed_precision="bf16" if half else "no")
+                              mixed_precision=half if config.model not in ("random", "") else "no")
     processes = accelerator.num_processes
     if accelerator.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         fail("every process needs the whole model here; GRPO's trainer can shard it (FSDP2)")

@@ -46,7 +46,6 @@ S answers that are still being written.
 import argparse
 import contextlib
 import copy
-import datetime
 import json
 import math
 import operator
@@ -57,6 +56,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -294,7 +294,7 @@ def baseline_after(kind, baseline, seen, mean):
 
     "mean": over all `seen` + 1 batches (the paper). "ema": each update forgets a tenth.
     """
-    share = 1 / (seen + 1) if kind == "mean" else 1 / 10
+    share = 1 / (seen + 1) if kind == "mean" else 0.1
     return baseline + (mean - baseline) * share
 
 
@@ -355,6 +355,21 @@ def sample_tokens(logprobs, generator):
     return token[:, 0].clamp(max=logprobs.shape[1] - 1)                 # [S]
 
 
+def read_once(model, prompt_ids, prompt_mask, which):
+    """Reads each prompt once, for all answers to it. Returns the model's output.
+
+    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the prompt of each answer. The
+    output's cache [B] is the model's memory of the tokens it has read, a row for each answer: each
+    further token then costs one token.
+    """
+    # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
+    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
+    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+                  use_cache=True, logits_to_keep=1)
+    start.past_key_values.batch_select_indices(which)
+    return start
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, penalty, ends,
              generator):
@@ -364,23 +379,16 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
     """
-    # The cache is the model's memory of the tokens it has read, so that each step costs one token.
-    # A prompt is read once; its cache then serves G answers. Positions count from the first real
-    # token, because the padding is on the left: mask 0 0 1 1 1 -> positions 0 0 0 1 2
-    positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
-    start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-                  use_cache=True, logits_to_keep=1)
+    device = prompt_ids.device
+    which = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)        # [B]
+    start = read_once(model, prompt_ids, prompt_mask, which)
     cache = start.past_key_values
-    cache.batch_repeat_interleave(group_size)
     for layer in cache.layers:        # room for the new tokens, far below
         layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
-    logits = start.logits[:, -1].repeat_interleave(group_size, dim=0)   # [B, V]
-    mask = prompt_mask.repeat_interleave(group_size, dim=0)             # [B, T], grows by 1 a step
-    position = positions[:, -1:].repeat_interleave(group_size, dim=0)   # [B, 1]
-    seen = seen_tokens(prompt_ids, prompt_mask, logits.shape[1])        # [P, V]
-    seen = seen.repeat_interleave(group_size, dim=0)                    # [B, V]
-
-    B, device = len(mask), prompt_ids.device
+    logits, B = start.logits[which, -1], len(which)                     # [B, V]
+    mask = prompt_mask[which]                                           # [B, T], grows by 1 a step
+    position = mask.sum(dim=1, keepdim=True) - 1                        # [B, 1]
+    seen = seen_tokens(prompt_ids, prompt_mask, logits.shape[1])[which]               # [B, V]
     ends = torch.tensor(ends, device=device)
     completion_ids = ends[0].repeat(B, max_tokens)                      # [B, max_tokens]
     logprobs = torch.zeros(B, max_tokens, device=device)                # [B, max_tokens]
@@ -428,18 +436,24 @@ def completion_logprobs(model, batch, temperature, penalty):
     """log π(y_t | prompt, y_<t) of every token of the answers [B, L], nats; 0 where the mask is 0.
 
     Prompts are padded on the left, answers on the right. A model's logits at one place predict the
-    NEXT token, so the logits for an answer begin one place before it:
+    NEXT token, so the logits for an answer begin one place before it, and those at its last token
+    are not used:
 
         ids              pad  pad  What  is   it   | A    cat  E            T = 5, L = 3
         logits used at                        it     A    cat
         they predict                          A      cat  E
     """
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)            # [B, T + L]
+    prompts = torch.stack([batch["prompt_ids"], batch["prompt_mask"]], dim=1)         # [B, 2, T]
+    # The different prompts, and the number of each answer's. Each is read once, with its gradient
+    prompts, which = prompts.unique(dim=0, return_inverse=True)         # [P, 2, T], [B]
+    start = read_once(model, *prompts.unbind(dim=1), which)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B, T + L]
-    L = batch["completion_ids"].shape[1]
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                   logits_to_keep=L + 1).logits[:, :-1].float()         # [B, L, V]
+    T = batch["prompt_ids"].shape[1]
+    positions = (mask.cumsum(dim=1) - 1)[:, T:]                         # [B, L]
+    rest = model(input_ids=batch["completion_ids"], attention_mask=mask, position_ids=positions,
+                 past_key_values=start.past_key_values, use_cache=True)
+    logits = torch.cat([start.logits[which], rest.logits[:, :-1]], dim=1)             # [B, L, V]
+    logits = logits.float()
     if penalty != 1:                  # at place t the sampler had seen the prompt and y_<t
         seen = torch.zeros_like(logits, dtype=torch.bool)               # [B, L, V]
         vocabulary = logits.shape[2]
@@ -508,7 +522,7 @@ def collect(config, policy, reference, tokenizer, judge, prompts, generator):
     # Eq. 4  No gradient flows through these log-probabilities. Nothing is lost: the missing term
     # is E[∇log π] = 0, and Eq. 7 does the rest (README.md, section 3). One answer's kl may be
     # negative; the mean estimates the KL
-    kl = (batch["logprobs"] - ref_logprobs).sum(dim=1)                  # [B]
+    kl = (logprobs - ref_logprobs).sum(dim=1)                           # [B]
     returns = rewards - config.kl_coef * kl                             # [B]
     return batch | dict(rewards=rewards, kl=kl, returns=returns), texts
 
@@ -590,7 +604,6 @@ def train(config, out, accelerator, log=print, bar=False):
         with accelerator.autocast():
             batch, texts = collect(config, model, reference, tokenizer, judge, asked, generator)
         batch["advantages"] = answer_advantages(config, batch["returns"], state["baseline"])
-        sampled = time.perf_counter()
         terms = update(config, accelerator, policy, optimizer, batch)
         row = dict(update=number) | describe(config, accelerator, batch, texts) | terms
         if config.estimator == "reinforce":
@@ -600,8 +613,7 @@ def train(config, out, accelerator, log=print, bar=False):
         end = time.perf_counter()
         state["update"] = number
         state["rows"].append(row)
-        state["clock"].append(dict(update=number, seconds=end - start,
-                                   sampling_seconds=sampled - start))
+        state["clock"].append(dict(update=number, seconds=end - start))
         log(table_line(row | state["clock"][-1], left=config.updates - number))
         if number == 1 or number % 10 == 0:
             show_answers(log, asked[0], texts[:config.group_size], batch["rewards"])
@@ -652,18 +664,15 @@ def describe(config, accelerator, batch, texts):
         # Estimate from the tokens sampled: Σ_t (log π − log π_ref) per answer
         kl=batch["kl"].mean(),
         shaped_reward=batch["returns"].mean(),
-        advantage_rms=batch["advantages"].square().mean(),
-        distinct2=torch.tensor(distinct2(texts), device=lengths.device),
+        distinct2=lengths.new_tensor(distinct2(texts)),
         # −log π per token
-        entropy=-batch["logprobs"].sum(),
-        tokens=lengths.sum(),
+        entropy=-batch["logprobs"].sum(dim=1).mean(),
         completion_length=lengths.mean(),
         # An answer that ends with its very last token counts as cut off too
         cut_off_ratio=(lengths == config.max_new_tokens).float().mean())
     values = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
     row = dict(zip(means, values))
-    row["entropy"] /= row.pop("tokens")
-    row["advantage_rms"] = math.sqrt(row["advantage_rms"])
+    row["entropy"] /= row["completion_length"]
     return row
 
 
@@ -1005,13 +1014,13 @@ def main():
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # bf16 arithmetic on CUDA, but not for the small models
-    half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
-    # The other processes wait while one trains the reward model: longer than the usual 10 minutes
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
-    # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
+    # fp32 for the small models. Else bf16 arithmetic on CUDA; on a CPU, as accelerate launch says
+    half = "bf16" if torch.cuda.is_available() and args.device != "cpu" else None
+    # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant. The
+    # others wait while one trains the reward model: longer than the usual 10 minutes
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
-                              mixed_precision="bf16" if half else "no", kwargs_handlers=[patience])
+                              mixed_precision=half if config.model not in ("random", "") else "no",
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     processes = accelerator.num_processes
     if accelerator.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         fail("every process needs the whole model here; GRPO's trainer can shard it (FSDP2)")

@@ -989,11 +989,11 @@ def main():
     config = resumed_run(given, args) if args.resume else new_run(given, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # bf16 arithmetic on CUDA, but not for the small models
-    half = torch.cuda.is_available() and args.device != "cpu" and config.model not in ("random", "")
+    # fp32 for the small models. Else bf16 arithmetic on CUDA; on a CPU, as accelerate launch says
+    half = "bf16" if torch.cuda.is_available() and args.device != "cpu" else None
     # Accelerate does not see several processes on CPUs unless it is told that CPUs are meant
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.accelerator.is_available(),
-                              mixed_precision="bf16" if half else "no")
+                              mixed_precision=half if config.model not in ("random", "") else "no")
     if accelerator.device.type == "cpu" and config.model in ("random", ""):
         torch.set_num_threads(1)      # so small a model is faster on one core than shared by two
     processes = accelerator.num_processes

@@ -325,6 +325,27 @@ def test_sampled_logprobs_equal_a_second_pass_and_masks_end_at_the_first_end(mod
 
 
 @each_model
+def test_a_prompt_read_once_gives_the_states_and_the_gradient_of_a_plain_forward_pass(model):
+    """Three different prompts in any order, an empty answer among them; then nothing but empty answers; also where the model makes its own logits."""
+    batch, order = a_batch(), torch.tensor([2, 0, 1, 1, 0, 2, 0, 2])
+    batch["prompt_ids"], batch["prompt_mask"] = PROMPTS[order], PROMPT_MASK[order]
+    batch["completion_mask"][3, 1:] = 0
+    empty = batch | dict(completion_ids=batch["completion_ids"][:, :1], completion_mask=batch["completion_mask"][:, :1])
+    for case in (batch, empty):
+        mask = torch.cat([case["prompt_mask"], case["completion_mask"].long()], dim=1)
+        ids, T = torch.cat([case["prompt_ids"], case["completion_ids"]], dim=1), case["prompt_ids"].shape[1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, T - 1:-1]
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)) * case["completion_mask"][..., None]
+        wanted = torch.cat([g.flatten() for g in torch.autograd.grad((logits * weights).sum(), list(model.parameters()))])
+        for head in (train.last_layer(model), torch.nn.Identity()):
+            for shared in (True, False):
+                found = head(train.answer_states(model, head, case, shared))
+                torch.testing.assert_close(found * case["completion_mask"][..., None], logits * case["completion_mask"][..., None], atol=1e-5, rtol=1e-5)
+                got = torch.cat([g.flatten() for g in torch.autograd.grad((found * weights).sum(), list(model.parameters()))])
+                assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@each_model
 def test_temperature_zero_takes_the_most_likely_token(model):
     ids, mask, _ = train.generate(model, PROMPTS, PROMPT_MASK, 1, 8, 0.0, [2], None)
     for i, row in enumerate(ids):

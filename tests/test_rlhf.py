@@ -142,6 +142,29 @@ def test_padded_logprobs_equal_a_token_by_token_loop(model, penalty):
 
 @each_model
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_prompt_read_once_gives_the_gradient_of_a_plain_forward_pass(model, penalty):
+    """Three different prompts in any order, an empty answer among them; then nothing but empty answers."""
+    batch, advantages = a_batch()
+    order = torch.tensor([2, 0, 1, 1, 0, 2, 0, 2])
+    batch["prompt_ids"], batch["prompt_mask"] = PROMPTS[order], PROMPT_MASK[order]
+    batch["completion_mask"][3, 1:] = 0
+    empty = batch | dict(completion_ids=batch["completion_ids"][:, :1], completion_mask=batch["completion_mask"][:, :1])
+    for case in (batch, empty):
+        mask = torch.cat([case["prompt_mask"], case["completion_mask"].long()], dim=1)
+        ids, T = torch.cat([case["prompt_ids"], case["completion_ids"]], dim=1), case["prompt_ids"].shape[1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, T - 1:-1]
+        for t in range(logits.shape[1]):
+            seen = train.seen_tokens(ids[:, :T + t], mask[:, :T + t], logits.shape[2])
+            logits = torch.cat([logits[:, :t], train.penalise(logits[:, t], seen, penalty)[:, None], logits[:, t + 1:]], dim=1)
+        plain = logits.log_softmax(-1).gather(-1, case["completion_ids"][..., None])[..., 0] * case["completion_mask"]
+        shared = train.completion_logprobs(model, case, 1.0, penalty)
+        torch.testing.assert_close(shared, plain, atol=1e-5, rtol=0)
+        wanted, got = (torch.cat([g.flatten() for g in torch.autograd.grad((x * advantages[:, None]).sum(), list(model.parameters()))]) for x in (plain, shared))
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@each_model
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_sampled_logprobs_equal_scoring_and_masks_end_at_the_first_end(model, penalty):
     ends = [2, 3, 4, 5, 6]                                        # a model may have several
     ids, mask, logprobs = train.generate(model, PROMPTS, PROMPT_MASK, 20, 12, 0.8, penalty, ends, torch.Generator().manual_seed(0))

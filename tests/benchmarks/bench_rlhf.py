@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_rlhf.py                 about five minutes; prints a Markdown table
     python tests/benchmarks/bench_rlhf.py --reward-model reinforce_rlhf/runs/mine/reward_model_run/reward_model
+    python tests/benchmarks/bench_rlhf.py --model DIR --prompts 8 --rows 32 8 --steps 5            a real model (tests/real/smollm2.py), half an hour
 
-Both do the same work per step: sample 64 × 4 answers of at most 64 tokens, score them with the level-1 reward model and with the reference, take the KL off the
+Both do the same work per step: sample 4 answers to each of 64 prompts, of at most 64 tokens, score them with the level-1 reward model and with the reference, take the KL off the
 reward, and make one step of AdamW on the leave-one-out advantages. The policy's log-probabilities come for free in ours, because they are those it sampled with;
 TRL computes them once more, and that work is not in the floor.
 Steps alternate between the contenders, after three steps for warming up; medians are printed. First comes the floor: the multiplications that no
@@ -11,10 +12,8 @@ implementation can avoid, for the answers as long as they were, at the rate of a
 """
 import argparse
 import itertools
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -22,30 +21,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from common import OURS, Memory, head, in_turns, layers, matrix_rate, table, write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "reinforce_rlhf"
 sys.path.insert(0, str(FOLDER))
 import train_reinforce_rlhf as ours
 
-PROMPTS, GROUP, LONGEST, BETA, LR = 64, 4, 64, 0.2, 1e-6
-
-
-class Memory:
-    """Peak resident memory in MB while a block runs."""
-    def __enter__(self):
-        self.peak, self.running = 0, True
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self):
-        while self.running:
-            self.peak = max(self.peak, int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6)
-            time.sleep(0.005)
-
-    def __exit__(self, *_):
-        self.running = False
-        self.thread.join()
+GROUP, LONGEST, BETA, LR = 4, 64, 0.2, 1e-6
 
 
 def ours_stepper(config, judge, prompts):
@@ -57,7 +39,7 @@ def ours_stepper(config, judge, prompts):
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
 
     def step():
-        asked = [prompts[k] for k in rng.choice(len(prompts), PROMPTS, replace=False)]
+        asked = [prompts[k] for k in rng.choice(len(prompts), config.batch_size // GROUP, replace=False)]
         with Memory() as memory:
             start = time.perf_counter()
             batch, _ = ours.collect(config, policy, reference.requires_grad_(False).eval(), tokenizer, judge, asked, generator)
@@ -65,7 +47,7 @@ def ours_stepper(config, judge, prompts):
             advantages = ours.answer_advantages(config, batch["returns"], None)
             ours.update(config, accelerator, policy, optimizer, batch | dict(advantages=advantages))
             end = time.perf_counter()
-        return middle - start, end - middle, batch["completion_mask"].sum().item(), memory.peak
+        return middle - start, end - middle, batch["completion_mask"].sum().item(), memory.above
     return step, policy, tokenizer
 
 
@@ -73,7 +55,7 @@ def trl_stepper(config, judge, prompts, rows):
     """The same for TRL; `rows` answers per forward pass."""
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
-    accumulation = PROMPTS * GROUP // rows
+    accumulation = config.batch_size // rows
 
     def reward(prompts, completions, **_):
         return ours.reward_from_logits(ours.reward_logits(*judge, [p[-1]["content"] for p in prompts], [c[0]["content"] for c in completions], config.max_length)).tolist()
@@ -111,20 +93,9 @@ def trl_stepper(config, judge, prompts, rows):
             trainer.model.zero_grad()
             trainer.state.global_step += 1
             seconds = time.perf_counter() - start
-        assert [count for _, count, _ in sampling] == [PROMPTS * GROUP]
-        return sampling[0][0], seconds - sampling[0][0], sampling[0][2], memory.peak
+        assert [count for _, count, _ in sampling] == [config.batch_size]
+        return sampling[0][0], seconds - sampling[0][0], sampling[0][2], memory.above
     return step
-
-
-def matrix_rate():
-    """Multiply-adds per second of a large fp32 product, times two."""
-    a, b = torch.randn(4096, 1024), torch.randn(1024, 1024)
-    best = 0.0
-    for _ in range(12):
-        start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * a.numel() * 1024 / (time.perf_counter() - start))
-    return best
 
 
 def main():
@@ -132,41 +103,33 @@ def main():
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads (default 2)")
     parser.add_argument("--reward-model", default=str(FOLDER / "weights" / "reward_model_level1"), metavar="PATH", help="a level-1 reward model (default: the shipped one)")
+    parser.add_argument("--model", default="", metavar="DIR", help="the policy (default: the shipped SFT model)")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts per step (default 64)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[256, 32], help="TRL: answers per forward pass, for each of its contenders")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to a file")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     judge = ours.load_reward_model(args.reward_model, 1)
-    config = ours.Config(estimator="rloo", group_size=GROUP, batch_size=PROMPTS * GROUP, max_new_tokens=LONGEST, kl_coef=BETA, lr=LR)
-    policy, tokenizer = ours.load_policy(config)
-    prompts = ours.load_prompts(config, Path(args.reward_model), policy, tokenizer)
+    config = ours.Config(model=args.model, estimator="rloo", group_size=GROUP, batch_size=args.prompts * GROUP, max_new_tokens=LONGEST, kl_coef=BETA, lr=LR)
+    sft, tokenizer = ours.load_policy(ours.Config())
+    prompts = ours.load_prompts(ours.Config(), Path(args.reward_model), sft, judge[0], tokenizer)
     rate = matrix_rate()
-    print(f"{args.threads} threads, {rate / 1e9:.0f} GFLOP/s, {PROMPTS} prompts × {GROUP} answers of at most {LONGEST} tokens")
+    what = f"{args.prompts} prompts × {GROUP} answers of at most {LONGEST} tokens"
+    print(f"{args.threads} threads, {rate / 1e9:.0f} GFLOP/s, {what}")
     mine, policy, tokenizer = ours_stepper(config, judge, prompts)
-    contenders = {"this trainer": mine, "TRL, 256 rows a pass": trl_stepper(config, judge, prompts, 256), "TRL, 32 rows a pass": trl_stepper(config, judge, prompts, 32)}
-    results = {name: [] for name in contenders}
-    for k in range(args.steps + 3):
-        for name, step in contenders.items():
-            row = step()
-            if k >= 3:
-                results[name].append(row)
-    body = 2 * sum(p.numel() for name, p in policy.named_parameters() if not name.startswith(("transformer.wte", "transformer.wpe")))
-    whole = body + 2 * policy.get_output_embeddings().weight.numel()
+    contenders = {OURS: mine} | {f"TRL, {rows} answers a pass": trl_stepper(config, judge, prompts, rows) for rows in args.rows}
+    results = in_turns(contenders, args.steps, warm=1 if args.model else 3)
     T = float(np.mean([ours.prompt_tokens(tokenizer, [prompt])[0].shape[1] for prompt in prompts]))
     floors = []
-    for _, _, tokens, _ in results["this trainer"]:
+    for _, _, tokens, _ in results[OURS]:
         # A prompt's tokens need no more than one pass for all its answers, except in the reward model, which sees texts one by one
-        sampling, judging = tokens * whole + PROMPTS * T * body, (tokens + PROMPTS * GROUP * T) * body
-        floors.append((sampling + judging + (1 + 3) * (tokens * whole + PROMPTS * T * body)) / rate)
-    median = lambda name, column: statistics.median(row[column] for row in results[name])
-    total = lambda name: statistics.median(row[0] + row[1] for row in results[name])
-    print("\n| | s a step | sampling and scoring | update | answers per second | tokens a step | peak MB | times as fast as the faster TRL |\n|---|---|---|---|---|---|---|---|")
-    floor = statistics.median(floors)
-    print(f"| floor: its multiplications alone | {floor:.2f} | | | {PROMPTS * GROUP / floor:.0f} | | | |")
-    best = min(total(name) for name in results if name != "this trainer")
-    for name in results:
-        print(f"| {name} | {total(name):.2f} | {median(name, 0):.2f} | {median(name, 1):.2f} | {PROMPTS * GROUP / total(name):.0f} | {median(name, 2):,.0f} "
-              f"| {median(name, 3):.0f} | {best / total(name):.2f} |")
+        once = 2 * tokens * (layers(policy) + head(policy)) + 2 * args.prompts * T * layers(policy)
+        judging = 2 * (tokens + args.prompts * GROUP * T) * layers(judge[0])
+        floors.append((once + judging + once + 3 * once) / rate)                                   # sampling, reward model, reference, update
+    found = table(results, args.prompts * GROUP, floors)
+    write_json(args.json, lesson="reinforce_rlhf", what=what, model=args.model and Path(args.model).name, threads=args.threads, rate=rate, **found)
 
 
 if __name__ == "__main__":

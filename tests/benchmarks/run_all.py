@@ -1,0 +1,95 @@
+"""All benchmarks, one after the other, and one Markdown table of them.
+
+    python tests/benchmarks/run_all.py --quick                  ten minutes on two idle cores
+    python tests/benchmarks/run_all.py --out RESULTS.md         the committed table, about an hour
+    python tests/benchmarks/run_all.py --model DIR …            and a real model (tests/real/smollm2.py), another hour
+
+Each benchmark times its contenders in turns, in one run, so its ratios hold on a busy machine too; its seconds do not. "Floor" is what nothing that learns
+can beat: the environment stepped with random actions, or the multiplications that a language model cannot avoid at this machine's rate for a large product.
+Peers whose packages are missing are left out.
+"""
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# lesson: what is compared, flags of --quick, flags of a full run
+BENCHES = {"cartpole": ("seconds to a greedy 475", ["--quick"], []),
+           "tictactoe": ("games per second", ["--quick"], []),
+           "lunarlander": ("seconds to a greedy 200", ["--quick"], []),
+           "spo": ("answers per second", [], []),
+           "grpo": ("answers per second", ["--updates", "4"], []),
+           "rlhf": ("answers per second", ["--steps", "3"], []),
+           "kl_bernoulli": ("answers per second", ["--steps", "4"], [])}
+# With --model: small batches, since a step takes half a minute
+REAL = {"grpo": ["--prompts", "4", "--rows", "32", "8", "--updates", "4"],
+        "rlhf": ["--prompts", "8", "--rows", "32", "8", "--steps", "4"],
+        "kl_bernoulli": ["--problems", "4", "--longest", "64", "--rows", "32", "8", "--steps", "4"]}
+
+
+def run(name, flags):
+    """The JSON of one benchmark, or None where it failed; what it prints goes to the console."""
+    command = [sys.executable, str(HERE / f"bench_{name}.py"), *flags]
+    print(f"\n{shlex.join(['python', *command[1:]])}", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "found.json"
+        start = time.perf_counter()
+        status = subprocess.run([*command, "--json", str(file)]).returncode
+        print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+        if status or not file.exists():
+            print(f"run_all.py: bench_{name}.py failed, its row is missing", file=sys.stderr)
+            return None
+        return json.loads(file.read_text())
+
+
+def line(found, measure):
+    """One row of the table: ours, the fastest peer, how many times as fast we are, and the share of the floor."""
+    ours, *others = found["rows"]
+    peers = [row for row in others if row.get("seconds")]
+    best = min(peers, key=lambda row: row["seconds"], default=None)
+    value = lambda row: f"{row['seconds']:.2f} s" if measure.startswith("seconds") else f"{row['rate']:,.1f}"
+    share = f"{found['floor_share']:.0%}" if "floor_share" in found else f"{found['floor'] / ours['seconds']:.0%}" if found.get("floor") else "—"
+    memory = f"{ours['peak_mb']:,.0f} / {best['peak_mb']:,.0f}" if best and "peak_mb" in ours else "—"
+    return (f"| {found['lesson']} | {found['what']} | {measure} | {value(ours)} | {best['name'] if best else 'no peer'} | {value(best) if best else '—'} "
+            f"| {best['seconds'] / ours['seconds']:.1f} | {share} | {memory} |" if best else
+            f"| {found['lesson']} | {found['what']} | {measure} | {value(ours)} | none | — | — | {share} | — |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: ten minutes")
+    parser.add_argument("--model", metavar="DIR", help="also the language-model lessons on this model")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads in the language-model lessons (default 2)")
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="these benchmarks only")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table to a Markdown file")
+    args = parser.parse_args()
+    rows, about = [], None
+    for name in args.only:
+        measure, quick, full = BENCHES[name]
+        threads = ["--threads", str(args.threads)] if name in REAL else []
+        jobs = [(quick if args.quick else full) + threads]
+        if args.model and name in REAL:
+            jobs.append(["--model", args.model, *REAL[name], *threads])
+        for flags in jobs:
+            found = run(name, flags)
+            if found:
+                rows.append(line(found, measure))
+                about = found
+    if not rows:
+        sys.exit("run_all.py: error: no benchmark ran")
+    text = ["| lesson | what | measure | ours | fastest peer | peer | times as fast | share of the floor | MB, ours / peer |",
+            "|---|---|---|---|---|---|---|---|---|", *rows, "",
+            f"{about['machine']['processor']}, {about['machine']['cores']} cores, {time.strftime('%Y-%m-%d')}. "
+            + ", ".join(f"{name} {number}" for name, number in about["versions"].items()) + "."]
+    print("\n" + "\n".join(text))
+    if args.out:
+        args.out.write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
