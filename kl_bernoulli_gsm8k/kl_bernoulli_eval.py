@@ -108,7 +108,9 @@ def prompt_tokens(tokenizer, prompts):
     rows = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     end = tokenizer.eos_token_id
     # Some tokenizers close each text with the end token; an answer would come after the end
-    rows = [row[:-1] if row[-1:] == [end] else row for row in rows]
+    for row in rows:
+        if row[-1:] == [end]:
+            row.pop()
     # Which token pads does not matter: masks come from lengths, never from `ids != end`
     rows = [torch.tensor(row) for row in rows]
     ids = pad_sequence(rows, batch_first=True, padding_value=end, padding_side="left")
@@ -334,18 +336,16 @@ def verdict(out, config):
 
 def plot_curve(out, config):
     """Accuracy, entropy, length and loss by update."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     metrics, tests = [np.genfromtxt(out / f"{name}.csv", delimiter=",", names=True, ndmin=1)
                       for name in ("metrics", "tests")]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, name in zip(axes.flat, ("sampled_accuracy", "entropy", "completion_length", "loss")):
         axis.plot(metrics["update"], metrics[name], label="sampled, training problems")
         axis.set(title=name.replace("_", " "), xlabel="update")
-    greedy = tests["greedy_accuracy"]
-    axes[0, 0].plot(tests["update"], greedy, "C3o-", label="greedy, test problems")
-    axes[0, 0].axhline(greedy[0] + TARGET, color="C2", linestyle="--", label="target of greedy")
+    axes[0, 0].plot(tests["update"], tests["greedy_accuracy"], "C3o-", label="greedy, tests")
+    axes[0, 0].axhline(tests["greedy_accuracy"][0] + TARGET, color="C2", ls="--", label="target")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(f"{config.method}, c = {config.ent_coef}, seed {config.seed}"
                     + "   BROKEN: " * bool(config.broken) + config.broken)

@@ -12,6 +12,8 @@ from pathlib import Path
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Without this, every model name that is no directory waits half a minute for a hub that a test may not ask anyway
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 

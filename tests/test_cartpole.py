@@ -120,6 +120,7 @@ def test_mean_of_the_estimator_is_the_exact_policy_gradient(options):
     torch.testing.assert_close(mean, exact_gradient(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long
 def test_three_episodes_and_the_variance_each_ingredient_removes():
     mean, shipped = mean_and_variance(3)
     torch.testing.assert_close(mean, exact_gradient(), rtol=1e-10, atol=1e-12)
@@ -356,6 +357,7 @@ def test_eval_refuses_bad_values(arguments):
     assert_one_line_error(call(evaluation, *arguments))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_keeps_the_best_weights(tmp_path):
     process = subprocess.Popen([sys.executable, str(TRAIN), "--lr", "1e-6", "--updates", "100000", "--out", str(tmp_path / "out")],

@@ -136,10 +136,15 @@ def check_spo(model, tokenizer):
     assert 0 < total <= 1
 
 
+def swept(names, *quick):
+    """The names as test parameters: some for every run of the tests, the others among the long ones."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.long) for name in names]
+
+
 LESSONS = {"grpo": (grpo, check_grpo), "rlhf": (rlhf, check_rlhf), "gsm8k": (gsm8k, check_gsm8k), "spo": (spo, check_spo)}
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", swept(RIGHT, "gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2"))
 def test_a_usual_decoder_is_right_in_all_lessons(name, capsys):
     model = tiny(name)
     for lesson, oracle in LESSONS.values():
@@ -148,7 +153,7 @@ def test_a_usual_decoder_is_right_in_all_lessons(name, capsys):
         oracle(model, tokenizer)
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", swept(WRONG, *list(WRONG)[:3]))
 def test_an_unusual_one_is_refused_in_one_line_or_right(name, capsys):
     model = tiny(name)
     for lesson, oracle in LESSONS.values():
@@ -181,7 +186,7 @@ def judge_directory(name, root):
     return root / name
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", swept(JUDGES, "gpt2", "llama", "qwen2", "bert", "deberta-v2", "xlnet"))
 def test_a_reward_model_scores_a_batch_as_it_scores_one_text(name, tmp_path_factory):
     directory = judge_directory(name, tmp_path_factory.getbasetemp())
     if name == "xlnet":                                   # it reads the last place, padding or not

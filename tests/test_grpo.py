@@ -435,6 +435,7 @@ TINY = ["--updates", "12", "--batch-size", "8", "--group-size", "4", "--max-new-
 KEYS = {"base", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl"}
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_the_readme_promises_and_the_reference_alone(tmp_path):
     before = (FOLDER / "weights" / "base" / "model.safetensors").read_bytes()
     out = tmp_path / "o"
@@ -466,6 +467,7 @@ def test_a_run_leaves_what_the_readme_promises_and_the_reference_alone(tmp_path)
     assert (FOLDER / "weights" / "base" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.long
 def test_the_judge_of_a_run_repeats_itself_and_needs_a_finished_one(tmp_path):
     out = tmp_path / "o"
     assert run(TRAIN, *TINY, "--updates", "1", "--out", out).returncode == 0
@@ -481,6 +483,7 @@ def test_the_judge_of_a_run_repeats_itself_and_needs_a_finished_one(tmp_path):
     assert_one_line_error(run(EVAL, "--run", out), "--run", "finished run")
 
 
+@pytest.mark.long
 def test_latest_passes_over_smoke_runs_and_a_lone_trainer_says_that_nobody_judges(tmp_path):
     for name in ("train_grpo.py", "world.json"):
         shutil.copy(FOLDER / name, tmp_path)
@@ -521,6 +524,7 @@ def test_the_reference_is_frozen(tmp_path, monkeypatch):
     assert any(not torch.equal(tensor, after[name]) for name, tensor in policy.state_dict().items())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_resume_equals_the_uninterrupted_run(how, tmp_path):
@@ -567,6 +571,7 @@ import os; os._exit(0)            # on a busy machine a thread of gloo may still
 """
 
 
+@pytest.mark.long
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """Unequal lengths, and one process all of whose groups have equal rewards."""
     script = tmp_path / "worker.py"
@@ -582,6 +587,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
             assert again[key] == pytest.approx(terms[key], abs=1e-5), key
 
 
+@pytest.mark.long
 def test_two_processes_train_together(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN), *without_device(TINY), "--updates", "2", "--kl-coef", "0", "--out", str(tmp_path / "o")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -620,6 +626,7 @@ import os; os._exit(0)
 """
 
 
+@pytest.mark.long
 def test_a_policy_sharded_by_fsdp2_trains_like_a_whole_one(tmp_path):
     """Two processes with half of every weight each: same samples, rewards and final weights as two with all of it. They need different numbers of sampling steps, which would
     hang if sampling had to exchange weights."""
@@ -642,6 +649,7 @@ def test_a_policy_sharded_by_fsdp2_trains_like_a_whole_one(tmp_path):
     assert process.returncode and "no --resume" in process.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "llama"])
 def test_a_run_with_another_model_and_a_prompt_without_gold(kind, tmp_path, monkeypatch):
     """Another shape, no chat template, padding by the end token, a reward model with another tokenizer."""
@@ -686,6 +694,7 @@ def test_what_the_broken_variants_break():
     assert train.broken_config(train.Config(broken="no-kl")).kl_coef == 0 and train.broken_config(train.Config(broken="wrong-kl")).kl == "wrong"
 
 
+@pytest.mark.long
 def test_a_nan_stops_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     original, calls = train.reward_scores, []
 
@@ -715,6 +724,7 @@ def test_shipped_policy_beats_the_base_and_its_reward_model_is_what_its_card_say
     assert low < card["accuracy_by_gold"][0] < high
 
 
+@pytest.mark.long
 def test_chat_answers_and_ends():
     def talk(script, *flags):
         process = subprocess.run([sys.executable, str(script), "--chat", *flags], input="What is sleep?\n" + "why " * 300 + "\n\nnot read\n", capture_output=True, text=True,

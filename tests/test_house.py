@@ -1,5 +1,6 @@
 """What a machine can check of the house style, for every lesson that exists."""
 import ast
+import functools
 import io
 import re
 import shutil
@@ -10,7 +11,7 @@ import tomllib
 
 import pytest
 
-from conftest import FOLDERS, REPO, run
+from conftest import FOLDERS, REPO, call, load, run
 
 ALLOWED = {"torch", "gymnasium", "transformers", "accelerate", "numpy", "matplotlib", "tqdm", "PIL", "safetensors", "tokenizers",
            "huggingface_hub", "yaml"}
@@ -99,15 +100,19 @@ def test_pep723_agrees_with_requirements(script):
         assert required.get(name) == version, name
 
 
-@per_script
-def test_runs_alone_from_an_empty_directory(script, tmp_path):
+# The quick tests start each trainer once; the long ones every script, with both flags
+ALONE = [pytest.param(script, flag, id=f"{script.name}{flag}", marks=[] if script in TRAINERS and flag == "--smoke" else pytest.mark.long)
+         for script in SCRIPTS for flag in ("--help", "--smoke")]
+
+
+@pytest.mark.parametrize("script, flag", ALONE)
+def test_runs_alone_from_an_empty_directory(script, flag, tmp_path):
     alone, elsewhere = tmp_path / "alone", tmp_path / "elsewhere"
     alone.mkdir()
     elsewhere.mkdir()
     shutil.copy(script, alone)
-    for flag in ("--help", "--smoke"):
-        process = run(alone / script.name, flag, cwd=elsewhere)
-        assert process.returncode == 0, process.stderr
+    process = run(alone / script.name, flag, cwd=elsewhere)
+    assert process.returncode == 0, process.stderr
     assert not list(elsewhere.iterdir()), "a script wrote into the working directory without being asked"
 
 
@@ -129,18 +134,23 @@ def test_equation_tags_stand_in_script_and_readme(folder):
     assert tags[0] and tags[0] == tags[1]
 
 
+@functools.cache
+def help_of(script):
+    """What --help prints. A lesson's script says it inside this process, which saves importing torch."""
+    if "tests" in script.relative_to(REPO).parts:
+        return run(script, "--help").stdout
+    return call(load(script.relative_to(REPO)), "--help").stdout
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
 def test_readme_commands_and_links_exist(readme):
     text = readme.read_text(encoding="utf8")
-    helps = {}
     for line in re.findall(r"(?:python3?|uv run|accelerate launch)[^\n`|]*?[\w./-]+\.py[^\n`|#]*", text):
         name, flags = re.search(r"([\w./-]+\.py)(.*)", line).groups()
         script = next((base / name for base in (REPO, readme.parent) if (base / name).exists()), None)
         assert script, f"{name} does not exist"
-        if script not in helps:
-            helps[script] = run(script, "--help").stdout
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", flags):
-            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[script]), f"{name} has no flag {flag}"
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(script.resolve())), f"{name} has no flag {flag}"
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(r'src="(?!https?:)([^"]+)"', text):
         assert (readme.parent / link).exists(), link
 

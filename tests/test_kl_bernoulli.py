@@ -472,6 +472,7 @@ def data(tmp_path_factory):
     return directory
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_the_readme_promises(tmp_path, data):
     before = (FOLDER / "weights" / "base" / "model.safetensors").read_bytes()
     out = tmp_path / "o"
@@ -548,6 +549,7 @@ def test_full_size_settings_are_those_of_the_thesis(tmp_path, monkeypatch):
     assert full.updates * 512 // 7473 in (143, 144) and (full.batch_size, full.lr, full.weight_decay, full.max_grad_norm, full.temperature, full.max_new_tokens, full.eval_every) == (512, 1e-6, 0.01, 1.0, 1.0, 8192, 5)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_resume_equals_the_uninterrupted_run(how, tmp_path, data):
@@ -603,6 +605,7 @@ def launch(n, *command):
     return process
 
 
+@pytest.mark.long
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """Unequal lengths, one process without a correct answer: divided by the global number, and nobody waits for ever."""
     script = tmp_path / "worker.py"
@@ -616,6 +619,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
             assert again[key] == pytest.approx(terms[key], abs=1e-5, rel=1e-4), key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["dr_grpo", "kl_correct"])
 def test_two_processes_train_together(method, tmp_path, data):
     process = launch(2, TRAIN, *without_device(TINY[:-1]), "--updates", "2", "--method", method, "--data", data, "--out", tmp_path / "o")
@@ -642,6 +646,7 @@ def test_no_correct_answer_skips_the_update_and_says_so(tmp_path, data):
     assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_stops_with_the_checkpoint_intact(tmp_path, monkeypatch, data):
     original, calls = train.batch_loss, []
 
@@ -678,6 +683,7 @@ def test_pass_at_k_by_enumeration():
         assert evaluation.pass_at(right, k) == pytest.approx(wanted)
 
 
+@pytest.mark.long
 def test_shipped_policy_is_better_than_the_base_on_unseen_problems(tmp_path):
     results = {}
     for name in ("base", "policy"):

@@ -232,6 +232,7 @@ def test_the_first_minibatch_has_ratio_one():
 SMALL = ["--updates", "24", "--num-envs", "4", "--num-steps", "64", "--minibatch-size", "64", "--eval-every", "4", "--eval-episodes", "2", "--quiet"]
 
 
+@pytest.mark.long
 def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
     assert run(TRAIN, *SMALL, "--out", tmp_path / "whole").returncode == 0
     rng, kills = random.Random(os.getpid()), 0
@@ -290,6 +291,7 @@ def test_a_kill_before_any_write_changes_nothing(moment, tmp_path, monkeypatch):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
 
+@pytest.mark.long
 def test_a_short_run_beats_the_random_policy_by_far(tmp_path):
     result = train.train(train.Config(seed=5, updates=25), tmp_path, torch.device("cpu"), lambda _: None)
     assert result["best_eval"] > -80              # the random policy: about -180

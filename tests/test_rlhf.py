@@ -765,6 +765,7 @@ def whole(data, tmp_path_factory):
 RESULT = {"sft", "trained", "win_rate", "win_rate_low", "win_rate_high", "kl"}
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_the_readme_promises(whole):
     out, process = whole
     for words in ("reward model · ", "accuracy", "held-out pairs in the order of gold", "REINFORCE · ", "distinct2", "answers to", "win rate", "policy, tables and samples are in",
@@ -788,6 +789,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert command.startswith("python train_reinforce_rlhf.py") and "--updates 12" in command
 
 
+@pytest.mark.long
 def test_the_next_step_works_as_printed(whole):
     line = next(line for line in whole[1].stdout.splitlines() if "Look at the answers: " in line)
     words = shlex.split(line.split("Look at the answers: ")[1])
@@ -795,6 +797,7 @@ def test_the_next_step_works_as_printed(whole):
     assert process.returncode == 0 and process.stdout.count("trained  [") == 3, process.stderr
 
 
+@pytest.mark.long
 def test_the_eval_script_judges_a_run(whole, judges, tmp_path):
     out, _ = whole
     before = (out / "eval.json").read_bytes(), (out / "curve.png").read_bytes()
@@ -811,6 +814,7 @@ def test_the_eval_script_judges_a_run(whole, judges, tmp_path):
     assert process.returncode == 0 and "of 6 held-out pairs" in process.stdout, process.stderr
 
 
+@pytest.mark.long
 def test_the_eval_script_judges_what_training_never_saw(whole, judges):
     """Prompts and pairs come from the run of the reward model; the lesson's only where it has none."""
     own = whole[0] / "reward_model_run" / "reward_model"
@@ -858,6 +862,7 @@ def test_part_1_gets_this_runs_settings_and_part_2_stops_if_told(started, data, 
     assert not (tmp_path / "o" / "metrics.csv").exists() and (tmp_path / "o" / "config.json").exists()
 
 
+@pytest.mark.long
 def test_only_reward_model_trains_it_and_resume_goes_on_with_part_2(data, tmp_path):
     out = tmp_path / "o"
     process = run(TRAIN, *TINY, "--dataset", data, "--config", data / "c.yaml", "--only-reward-model", "--quiet", "--out", out, env=ONE_THREAD)
@@ -917,6 +922,7 @@ def test_the_baseline_starts_at_what_is_usual(flags, tiny, tmp_path, monkeypatch
     assert all(torch.equal(reference, weights[0][0]) for _, reference in weights) and not torch.equal(weights[0][0], weights[-1][0])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_resume_equals_the_uninterrupted_run(how, whole, tmp_path):
@@ -939,6 +945,7 @@ def test_resume_equals_the_uninterrupted_run(how, whole, tmp_path):
     assert_one_line_error(call(train, "--resume", out, "--lr", "0.3"), "--resume", "--device")
 
 
+@pytest.mark.long
 def test_resume_takes_the_latest_run_but_no_smoke_run(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "HERE", tmp_path)
     for name in ("20250101-000000_seed1", "20250102-000000_seed1_smoke"):
@@ -948,6 +955,7 @@ def test_resume_takes_the_latest_run_but_no_smoke_run(whole, tmp_path, monkeypat
     assert train.resumed_run(given, args).updates == 12 and args.out == tmp_path / "runs" / "20250101-000000_seed1"
 
 
+@pytest.mark.long
 def test_a_damaged_run_is_refused(whole, tmp_path):
     out = shutil.copytree(whole[0], tmp_path / "o")
     (out / "checkpoint.pt").write_bytes(b"x" * 100)
@@ -986,6 +994,7 @@ def launch(*command):
     assert process.returncode == 0, process.stderr[-3000:]
 
 
+@pytest.mark.long
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER.format(tests=str(REPO / "tests")))
     launch(tmp_path / "worker.py", tmp_path / "two")
@@ -1014,6 +1023,7 @@ train.main()
 """
 
 
+@pytest.mark.long
 def test_two_processes_train_together_on_their_own_prompts_and_one_makes_the_reward_model(data, judges, tmp_path):
     (tmp_path / "spy.py").write_text(SPY.format(tests=str(REPO / "tests"), out=str(tmp_path / "asked")))
     launch(tmp_path / "spy.py", *without_device(TINY), "--updates", "2", "--dataset", data, "--config", data / "c.yaml", "--quiet", "--out", tmp_path / "o")
@@ -1027,6 +1037,7 @@ def test_two_processes_train_together_on_their_own_prompts_and_one_makes_the_rew
     assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "o"), "another number of processes")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, level", [("qwen2", "1"), ("llama", "2")])
 def test_a_run_with_another_model_and_prompts_without_gold(kind, level, tmp_path, monkeypatch):
     """Another shape, no chat template, padding by the end token, relative paths, a conversation among the prompts."""
@@ -1267,6 +1278,7 @@ def test_making_of_answers_refuses_bad_values(arguments, words, tmp_path):
 
 # ---- what is shipped ------------------------------------------------------------------------------------------------
 
+@pytest.mark.long
 def test_shipped_policy_beats_the_sft_model_and_the_reward_models_are_good(tmp_path):
     process = run(EVAL, "--samples", "1", "--json", tmp_path / "e.json", env=ONE_THREAD)
     assert process.returncode == 0, process.stderr

@@ -268,6 +268,7 @@ def test_update_is_the_gradient_of_the_plain_batch(monkeypatch):
     assert all(p.grad is None for p in reference.parameters())
 
 
+@pytest.mark.long
 def test_a_short_run_moves_towards_the_optimum(tmp_path):
     process = run(TRAIN, "--epochs", "2", "--samples", "25600", "--quiet", "--out", tmp_path / "a")
     assert process.returncode == 0, process.stderr
@@ -281,6 +282,7 @@ def test_a_short_run_moves_towards_the_optimum(tmp_path):
     assert json.loads((tmp_path / "e.json").read_text())["tv"] == pytest.approx(result["tv"], abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
     assert run(TRAIN, *SMALL, "--out", tmp_path / "whole").returncode == 0
@@ -295,6 +297,7 @@ def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
     assert_one_line_error(call(train, "--resume", tmp_path / "killed", "--beta", "0.3"), "--resume", "--device")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("extra", [["--q0", "mc", "--behaviour", "on-policy"], ["--q0", "learned", "--patience", "2", "--lr", "1e-12"]])
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_alike(extra, tmp_path):
@@ -314,6 +317,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_alike(extra, tmp_pat
         assert len((tmp_path / "whole" / "metrics.csv").read_text().splitlines()) < 10
 
 
+@pytest.mark.long
 def test_the_presets_trace(tmp_path):
     process = run(TRAIN, "--preset", "original", "--epochs", "2", "--samples", "12", "--out", tmp_path / "o")
     assert process.returncode == 0, process.stderr
@@ -341,6 +345,7 @@ def saved_model(directory, kind):
     tokenizer.save_pretrained(directory)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_a_run_with_another_model_resumes_from_another_directory(kind, tmp_path, monkeypatch):
     saved_model(tmp_path / "m", kind)
@@ -410,11 +415,13 @@ def test_latest_passes_over_smoke_runs(script, tmp_path, monkeypatch):
         script.newest_run("no-such-file")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", train.BREAKS)
 def test_every_broken_variant_runs(name, tmp_path):
     assert call(train, "--epochs", "1", "--samples", "32", "--batch-size", "16", "--quiet", "--break", name, "--out", tmp_path / "o").returncode == 0
 
 
+@pytest.mark.long
 def test_two_processes_train_together(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN),      # `accelerate launch --cpu` starts one process whatever it is told
                *SMALL, "--out", str(tmp_path / "o")]

@@ -453,6 +453,7 @@ def test_trainer_overwrites_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_keeps_the_best_weights(tmp_path):
     process = subprocess.Popen([sys.executable, str(TRAIN), "--games", "16", "--updates", "100000", "--out", str(tmp_path / "out")],
@@ -491,6 +492,7 @@ def test_latest_passes_over_smoke_runs(tmp_path, monkeypatch):
     assert evaluation.newest_run("best.pt").name == "20260101-000001_seed1"
 
 
+@pytest.mark.long
 def test_gif(tmp_path):
     from PIL import Image
     process = run(STUDY, "--gif", tmp_path / "x.gif")
@@ -564,6 +566,7 @@ def test_terminal_play_through_a_pseudo_terminal():
     assert child.exitstatus == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a pseudo-terminal")
 @pytest.mark.parametrize("end", ["q\n", "\x03", "\x04"], ids=["q", "Ctrl-C", "Ctrl-D"])
 def test_leaving_the_terminal_game_is_friendly(end):

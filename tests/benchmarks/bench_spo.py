@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from common import OURS, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "spo_dummy"))
 import train_spo as spo
@@ -102,6 +103,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--steps", type=int, default=5, help="with --model")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to a file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     spo.transformers.logging.disable_progress_bar()
@@ -115,6 +117,9 @@ def main():
     for name, value in rates.items():
         print(f"| {name} | {value:,.0f} | {value / rates['1']:.0f} |")
     print(f"\n{args.threads} thread")
+    plain, ours = list(rates.values())[1:]
+    rows = [dict(name=name, rate=value, seconds=B / value, times_ours=ours / value) for name, value in ((OURS, ours), ("a plain batched loop", plain))]
+    write_json(args.json, lesson="spo_dummy", what=f"{B} answers a step", model="", threads=args.threads, rows=rows)
 
 
 if __name__ == "__main__":
