@@ -3,6 +3,7 @@
     python tests/benchmarks/run_all.py --quick                  ten minutes on two idle cores
     python tests/benchmarks/run_all.py --out RESULTS.md         the committed table, about an hour
     python tests/benchmarks/run_all.py --model DIR …            and a real model (tests/real/smollm2.py), another hour
+    python tests/benchmarks/run_all.py --keep DIR …             keeps each result; called again, it goes on with those that are missing
 
 Each benchmark times its contenders in turns, in one run, so its ratios hold on a busy machine too; its seconds do not. "Floor" is what nothing that learns
 can beat: the environment stepped with random actions, or the multiplications that a language model cannot avoid at this machine's rate for a large product.
@@ -27,37 +28,38 @@ BENCHES = {"cartpole": ("seconds to a greedy 475", ["--quick"], []),
            "rlhf": ("answers per second", ["--steps", "3"], []),
            "kl_bernoulli": ("answers per second", ["--steps", "4"], [])}
 # With --model: small batches, since a step takes half a minute
-REAL = {"grpo": ["--prompts", "4", "--rows", "32", "8", "--updates", "4"],
-        "rlhf": ["--prompts", "8", "--rows", "32", "8", "--steps", "4"],
-        "kl_bernoulli": ["--problems", "4", "--longest", "64", "--rows", "32", "8", "--steps", "4"]}
+REAL = {"grpo": ["--prompts", "2", "--rows", "16", "8", "--updates", "3"],
+        "rlhf": ["--prompts", "4", "--rows", "16", "8", "--steps", "3"],
+        "kl_bernoulli": ["--problems", "2", "--longest", "64", "--rows", "16", "8", "--steps", "3"]}
 
 
-def run(name, flags):
+def run(name, flags, file):
     """The JSON of one benchmark, or None where it failed; what it prints goes to the console."""
-    command = [sys.executable, str(HERE / f"bench_{name}.py"), *flags]
-    print(f"\n{shlex.join(['python', *command[1:]])}", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "found.json"
+    command = [sys.executable, str(HERE / f"bench_{name}.py"), *flags, "--json", str(file)]
+    if not file.exists():
+        print(f"\n{shlex.join(['python', *command[1:-2]])}", flush=True)
         start = time.perf_counter()
-        status = subprocess.run([*command, "--json", str(file)]).returncode
+        status = subprocess.run(command).returncode
         print(f"({time.perf_counter() - start:.0f} s)", flush=True)
-        if status or not file.exists():
+        if status:
             print(f"run_all.py: bench_{name}.py failed, its row is missing", file=sys.stderr)
             return None
-        return json.loads(file.read_text())
+    return json.loads(file.read_text())
 
 
 def line(found, measure):
-    """One row of the table: ours, the fastest peer, how many times as fast we are, and the share of the floor."""
+    """One row of the table: ours, the fastest peer, how many times as fast we are, the share of the floor, memory."""
     ours, *others = found["rows"]
-    peers = [row for row in others if row.get("seconds")]
-    best = min(peers, key=lambda row: row["seconds"], default=None)
     value = lambda row: f"{row['seconds']:.2f} s" if measure.startswith("seconds") else f"{row['rate']:,.1f}"
-    share = f"{found['floor_share']:.0%}" if "floor_share" in found else f"{found['floor'] / ours['seconds']:.0%}" if found.get("floor") else "—"
-    memory = f"{ours['peak_mb']:,.0f} / {best['peak_mb']:,.0f}" if best and "peak_mb" in ours else "—"
-    return (f"| {found['lesson']} | {found['what']} | {measure} | {value(ours)} | {best['name'] if best else 'no peer'} | {value(best) if best else '—'} "
-            f"| {best['seconds'] / ours['seconds']:.1f} | {share} | {memory} |" if best else
-            f"| {found['lesson']} | {found['what']} | {measure} | {value(ours)} | none | — | — | {share} | — |")
+    share = found.get("floor_share") or (found["floor"] / ours["seconds"] if found.get("floor") else None)
+    share = f"{share:.0%}" if share else "—"
+    what = found["what"] + (f", {found['model']}" if found["model"] else "")
+    if not others:
+        return f"| {found['lesson']} | {what} | {measure} | {value(ours)} | none | — | — | {share} | — |"
+    best = min(others, key=lambda row: row["seconds"])
+    memory = f"{ours['peak_mb']:,.0f} / {best['peak_mb']:,.0f}" if "peak_mb" in ours else "—"
+    return (f"| {found['lesson']} | {what} | {measure} | {value(ours)} | {best['name']} | {value(best)} | **{best['seconds'] / ours['seconds']:.1f}** "
+            f"| {share} | {memory} |")
 
 
 def main():
@@ -66,26 +68,30 @@ def main():
     parser.add_argument("--model", metavar="DIR", help="also the language-model lessons on this model")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads in the language-model lessons (default 2)")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="these benchmarks only")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep each result there, and take those that are there already")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table to a Markdown file")
     args = parser.parse_args()
-    rows, about = [], None
+    rows, machine, versions = [], None, {}
+    keep = args.keep or Path(tempfile.mkdtemp())
+    keep.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         measure, quick, full = BENCHES[name]
         threads = ["--threads", str(args.threads)] if name in REAL else []
-        jobs = [(quick if args.quick else full) + threads]
+        jobs = {f"{name}.json": (quick if args.quick else full) + threads}
         if args.model and name in REAL:
-            jobs.append(["--model", args.model, *REAL[name], *threads])
-        for flags in jobs:
-            found = run(name, flags)
+            jobs[f"{name}_model.json"] = ["--model", args.model, *REAL[name], *threads]
+        for file, flags in jobs.items():
+            found = run(name, flags, keep / file)
             if found:
                 rows.append(line(found, measure))
-                about = found
+                machine = found["machine"]
+                versions |= found["versions"]
     if not rows:
         sys.exit("run_all.py: error: no benchmark ran")
     text = ["| lesson | what | measure | ours | fastest peer | peer | times as fast | share of the floor | MB, ours / peer |",
             "|---|---|---|---|---|---|---|---|---|", *rows, "",
-            f"{about['machine']['processor']}, {about['machine']['cores']} cores, {time.strftime('%Y-%m-%d')}. "
-            + ", ".join(f"{name} {number}" for name, number in about["versions"].items()) + "."]
+            f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, {time.strftime('%Y-%m-%d')}. "
+            + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
     print("\n" + "\n".join(text))
     if args.out:
         args.out.write_text("\n".join(text) + "\n")
