@@ -1,16 +1,21 @@
 """LunarLander: this collection's PPO against what a user would take instead, one process, same threads, same kind of evaluation.
 
-    python tests/benchmarks/bench_lunarlander.py          three seeds each, about 25 minutes; prints a Markdown table
-    python tests/benchmarks/bench_lunarlander.py --quick  one seed each, shorter, and only what is installed with tests/requirements.txt
+    python tests/benchmarks/bench_lunarlander.py          three seeds each, about half an hour; prints a Markdown table
+    python tests/benchmarks/bench_lunarlander.py --quick  one seed, each ends at its 200, without CleanRL's settings: about three minutes
+    pip install sbx-rl envpool                            for the rows of SBX and EnvPool; without them they are left out
+                                                          (measured: sbx-rl 0.28.0, jax 0.10.2, envpool 1.2.5)
 
-All are asked about every 65,536 environment steps whether 20 greedy flights average at least 200 (that time is not counted), and go on until their budget of
-steps is spent; then the final weights fly 100 times. Stable-Baselines3 uses the RL-Zoo settings for LunarLander, with plain environments: without
-`render_mode=None` its make_vec_env would simulate sparks in every step. SBX is the same algorithm in JAX with the same settings, its compilation counted; it is
-left out where it is not installed (pip install sbx-rl). "Random" is SyncVectorEnv with random actions: what the environment alone costs; with
-EnvPool (pip install envpool) the same in C++, the limit of the physics.
+All are asked about every 65,536 environment steps whether 20 greedy flights average at least 200 (that time is not counted), and go on until
+their budget of steps is spent; then the final weights fly 100 times. Rows:
+    Stable-Baselines3 PPO       RL-Zoo settings for LunarLander
+    the same, CleanRL settings  those of CleanRL's ppo.py with its 500,000 steps; pip finds only a version of 2021 for Python 3.11
+    SBX PPO                     the same algorithm in JAX, RL-Zoo settings; "seconds" include compilation, in every seed, "steps/s" does not
+All fly plain environments: without `render_mode=None`, make_vec_env would simulate the engines' sparks in every step. "Random" is SyncVectorEnv
+with random actions: what the environment alone costs; with EnvPool the same in C++, the limit of the physics.
 """
 import argparse
 import importlib.util
+import os
 import statistics
 import sys
 import time
@@ -27,8 +32,8 @@ import train_lunarlander as ours
 TARGET, EVERY = 200.0, 65_536
 
 
-def run_ours(seed, total_steps):
-    """(seconds and steps to the target, steps per second, final greedy mean of 100 flights)."""
+def run_ours(seed, total_steps, quick):
+    """(seconds and steps to the target, steps per second, 0 for compilation, final greedy mean of 100 flights); --quick ends at the target."""
     config = ours.Config(seed=seed)
     torch.manual_seed(seed)
     agent = ours.make_agent(config.hidden)
@@ -48,19 +53,35 @@ def run_ours(seed, total_steps):
             asked = number * per_update
             if ours.fly(agent["actor"], 7_000_000 + 100 * number + np.arange(20), greedy=True)[0].mean() >= TARGET:
                 reached = seconds, number * per_update
-    return *reached, updates * per_update / seconds, ours.fly(agent["actor"], 8_000_000 + np.arange(100), greedy=True)[0].mean()
+                if quick:
+                    break
+    final = float("nan") if quick else ours.fly(agent["actor"], 8_000_000 + np.arange(100), greedy=True)[0].mean()
+    return *reached, number * per_update / seconds, 0.0, final
 
 
-def run_sb3(seed, total_steps, jax=False):
+ZOO = dict(num_envs=16, n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4, ent_coef=0.01)
+# vf_coef: CleanRL has half of it, and then half of the squared error
+CLEANRL = dict(num_envs=4, n_steps=128, batch_size=128, n_epochs=4, gae_lambda=0.95, gamma=0.99, ent_coef=0.01,
+               learning_rate=lambda left: left * 2.5e-4, clip_range=0.2, clip_range_vf=0.2, vf_coef=0.25)
+
+
+def compilations():
+    """Makes JAX forget what it has compiled; returns the list to which it will add the seconds of each compilation."""
+    import jax
+    seconds = []
+    jax.clear_caches()
+    jax.monitoring.clear_event_listeners()
+    stages = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
+    jax.monitoring.register_event_duration_secs_listener(lambda name, duration, **_: seconds.append(duration if name.endswith(stages) else 0.0))
+    return seconds
+
+
+def run_sb3(seed, total_steps, quick, num_envs, library="stable_baselines3", **settings):
     """The same for Stable-Baselines3's PPO, or for SBX's, which has the same interface."""
-    if jax:
-        import jax
-        from sbx import PPO
-        jax.clear_caches()                         # or the second seed would find the first one's programs
-    else:
-        from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
+    PPO = importlib.import_module(library).PPO
+    compiling = compilations() if library == "sbx" else []
 
     class Actor(torch.nn.Module):
         """Lets our fly() use their policy: its greedy action gets the highest logit."""
@@ -69,30 +90,34 @@ def run_sb3(seed, total_steps, jax=False):
             self.model, self.nothing = model, torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, obs):
-            return torch.nn.functional.one_hot(torch.from_numpy(self.model.predict(obs.numpy(), deterministic=True)[0]), 4).float()
+            return torch.nn.functional.one_hot(torch.from_numpy(self.model.predict(obs.numpy(), deterministic=True)[0]).long(), 4).float()
 
     class Ask(BaseCallback):
         excluded, asked, reached = 0.0, 0, (float("inf"), total_steps)
+        foreign = 0.0                              # compilation for the evaluation's batches, which is not counted
 
         def _on_step(self):
-            return True
+            return not quick or self.reached[0] == float("inf")
 
         def _on_rollout_start(self):               # an update has just been finished
-            start = time.perf_counter()
+            start, compiled = time.perf_counter(), sum(compiling)
             if self.num_timesteps - self.asked >= EVERY and self.reached[0] == float("inf"):
                 self.asked = self.num_timesteps
                 seeds = 7_000_000 + self.num_timesteps // 100 + np.arange(20)
                 if ours.fly(Actor(self.model), seeds, greedy=True)[0].mean() >= TARGET:
                     self.reached = start - self.begin - self.excluded, self.num_timesteps
             self.excluded += time.perf_counter() - start
+            self.foreign += sum(compiling) - compiled
 
-    envs = make_vec_env("LunarLander-v3", n_envs=16, seed=seed, env_kwargs=dict(render_mode=None))
+    envs = make_vec_env("LunarLander-v3", n_envs=num_envs, seed=seed, env_kwargs=dict(render_mode=None))
     ask = Ask()
     ask.begin = time.perf_counter()
-    model = PPO("MlpPolicy", envs, n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4, ent_coef=0.01, seed=seed, device="cpu")
+    model = PPO("MlpPolicy", envs, seed=seed, device="cpu", **settings)
     model.learn(total_steps, callback=ask)
-    seconds = time.perf_counter() - ask.begin - ask.excluded
-    return *ask.reached, model.num_timesteps / seconds, ours.fly(Actor(model), 8_000_000 + np.arange(100), greedy=True)[0].mean()
+    compiled = sum(compiling) - ask.foreign
+    seconds = time.perf_counter() - ask.begin - ask.excluded - compiled
+    final = float("nan") if quick else ours.fly(Actor(model), 8_000_000 + np.arange(100), greedy=True)[0].mean()
+    return *ask.reached, model.num_timesteps / seconds, compiled, final
 
 
 def random_rate(num_envs, vector_steps=1500):
@@ -108,7 +133,7 @@ def random_rate(num_envs, vector_steps=1500):
 def envpool_rate(num_envs, vector_steps=1500):
     """Random actions in EnvPool's landers (C++), one thread."""
     import envpool
-    envs = envpool.make("LunarLander-v2", env_type="gymnasium", num_envs=num_envs, num_threads=1, seed=0)
+    envs = envpool.make("LunarLander-v3", env_type="gymnasium", num_envs=num_envs, num_threads=1, seed=0)
     envs.reset()
     actions = np.random.default_rng(0).integers(0, 4, (vector_steps, num_envs))
     start = time.perf_counter()
@@ -123,36 +148,51 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--our-steps", type=int, default=1_500_000)
     parser.add_argument("--their-steps", type=int, default=1_000_000)
-    parser.add_argument("--quick", action="store_true", help="one seed, 700,000 steps each, no peers but Stable-Baselines3")
+    parser.add_argument("--quick", action="store_true", help="one seed, each ends at its 200, without CleanRL's settings")
     parser.add_argument("--json", metavar="FILE", help="also write the table to a file")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.our_steps, args.their_steps = 1, 700_000, 700_000
+        args.seeds = 1
     torch.set_num_threads(args.threads)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if args.threads == 1:
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    contenders = {OURS: lambda seed: run_ours(seed, args.our_steps, args.quick),
+                  "Stable-Baselines3 PPO": lambda seed: run_sb3(seed, args.their_steps, args.quick, **ZOO),
+                  "CleanRL's ppo.py settings, in Stable-Baselines3": lambda seed: run_sb3(seed, 500_000, args.quick, **CLEANRL),
+                  "SBX PPO (JAX)": lambda seed: run_sb3(seed, args.their_steps, args.quick, library="sbx", **ZOO)}
+    if args.quick:
+        del contenders["CleanRL's ppo.py settings, in Stable-Baselines3"]
+    if not importlib.util.find_spec("sbx"):
+        print("left out: SBX PPO (JAX), which needs pip install sbx-rl")
+        del contenders["SBX PPO (JAX)"]
     limit = random_rate(ours.Config().num_envs)
-    contenders = {OURS: lambda seed: run_ours(seed, args.our_steps), "Stable-Baselines3 PPO": lambda seed: run_sb3(seed, args.their_steps)}
-    if importlib.util.find_spec("sbx") and not args.quick:
-        contenders["SBX PPO (JAX)"] = lambda seed: run_sb3(seed, args.their_steps, jax=True)
     found = {name: [] for name in contenders}
     for seed in range(args.seeds):
         for name, run in contenders.items():
             found[name].append(run(seed))
-    mine = statistics.median(row[0] for row in found[OURS])
+            print(f"seed {seed}, {name}: {found[name][-1][0]:.0f} s", file=sys.stderr, flush=True)
     rows = []
-    print("| | seconds to greedy 200, per seed | median | times as long as ours | environment steps to it, median | steps/s, median | final greedy mean, per seed |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | seconds to greedy 200, per seed | median | of it compilation | times as long as ours | environment steps to it, median "
+          "| steps/s, median | final greedy mean, per seed |\n|---|---|---|---|---|---|---|---|")
     for name, results in found.items():
-        seconds, steps, rate, final = (list(values) for values in zip(*results))
-        rows.append(dict(name=name, seconds=statistics.median(seconds), steps=statistics.median(steps), rate=statistics.median(rate),
-                         times_ours=statistics.median(seconds) / mine, per_seed=seconds, final=[float(mean) for mean in final]))
-        print(f"| {name} | {', '.join(f'{s:.0f}' for s in seconds)} | {rows[-1]['seconds']:.0f} | {rows[-1]['times_ours']:.1f} | {rows[-1]['steps']:,.0f} "
-              f"| {rows[-1]['rate']:,.0f} | {', '.join(f'{mean:.0f}' for mean in final)} |")
-    print(f"| random actions, same vector environment | | | | | {limit:,.0f} | |")
+        per_seed, final = [result[0] for result in results], [float(result[-1]) for result in results]
+        seconds, steps, rate, compiled, _ = (statistics.median(values) for values in zip(*results))
+        times = seconds / statistics.median(result[0] for result in found[OURS])
+        rows.append(dict(name=name, seconds=seconds, steps=steps, rate=rate, compilation=compiled, times_ours=times, per_seed=per_seed,
+                         final=[] if args.quick else final))
+        print(f"| {name} | {', '.join(f'{s:.0f}' for s in per_seed)} | {seconds:.0f} | {f'{compiled:.0f}' if compiled else ''} | {times:.1f} "
+              f"| {steps:,.0f} | {rate:,.0f} | {', '.join('' if args.quick else f'{mean:.0f}' for mean in final)} |")
+    print(f"| random actions, same vector environment | | | | | | {limit:,.0f} | |")
     if importlib.util.find_spec("envpool"):
-        print(f"| random actions, EnvPool (C++) | | | | | {envpool_rate(ours.Config().num_envs):,.0f} | |")
+        print(f"| random actions, EnvPool (C++) | | | | | | {envpool_rate(ours.Config().num_envs):,.0f} | |")
+    else:
+        print("left out: EnvPool, which needs pip install envpool")
     share = rows[0]["rate"] / limit
-    print(f"\n{args.threads} thread; {args.our_steps:,} steps (ours) and {args.their_steps:,} (theirs) in all; training at {share:.0%} of the random-action rate")
-    write_json(args.json, lesson="lunarlander_ppo", what=f"medians of {args.seeds} seeds", model="", threads=args.threads, rows=rows, floor_share=share)
+    print(f"\nseeds: {args.seeds}, threads: {args.threads}; {args.our_steps:,} steps (ours) and {args.their_steps:,} (theirs) in all; "
+          f"training at {share:.0%} of the random-action rate")
+    write_json(args.json, lesson="lunarlander_ppo", what=f"medians of {args.seeds} seeds", model="", threads=args.threads, rows=rows,
+               floor=limit, floor_share=share)
 
 
 if __name__ == "__main__":
