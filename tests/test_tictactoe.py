@@ -261,14 +261,26 @@ def test_blunders_are_uniform_over_legal_moves():
 def test_choose_starts_where_it_should():
     positions = torch.tensor(POSITIONS, dtype=torch.int8)
     pool = ["oldest", "middle", "newest"]
-    config = train.Config(games=20_000)
     generator = torch.Generator().manual_seed(0)
     opponents = {train.choose(train.Config(games=2), pool, positions, generator)[0] for _ in range(50)}
-    _, starts = train.choose(config, pool, positions, generator)
-    assert opponents == set(pool) and abs((starts == 0).all(dim=1).float().mean() - 0.1) < 0.01
-    assert len(set(map(tuple, starts.tolist()))) > 4000
+    assert opponents == set(pool)
     _, starts = train.choose(train.Config(games=100, exploring_starts=0.0), pool, positions, generator)
     assert not starts.any()
+    _, starts = train.choose(train.Config(games=20_000, exploring_starts=0.5), pool, positions, generator)
+    assert abs((starts == 0).all(dim=1).float().mean() - (0.5 + 0.5 / 9)) < 0.02      # the empty board is one of the random starts too
+
+
+def test_exploring_starts_go_to_every_position_and_to_each_number_of_stones_alike():
+    """A position with few stones is rare among the 4,520, and chosen as often as all that have many."""
+    positions = torch.tensor(POSITIONS, dtype=torch.int8)
+    _, starts = train.choose(train.Config(games=200_000), ["opponent"], positions, torch.Generator().manual_seed(0))
+    assert starts.dtype == torch.int8 and set(map(tuple, starts.tolist())) == set(POSITIONS)
+    stones = (starts != 0).sum(dim=1)
+    shares = stones.bincount(minlength=9) / len(starts)
+    assert len(shares) == 9 and (shares - 1 / 9).abs().max() < 0.004
+    with_two = starts[stones == 2]                                # 72 positions, and these are alike among themselves
+    counts = torch.tensor([(with_two == torch.tensor(board, dtype=torch.int8)).all(dim=1).sum() for board in POSITIONS if sum(map(abs, board)) == 2])
+    assert len(counts) == 72 and (counts / counts.sum() * 72 - 1).abs().max() < 0.3
 
 
 FILES = {"best.pt", "last.pt", "config.json", "metrics.csv", "timing.csv", "train.json"}
@@ -356,8 +368,20 @@ def test_shipped_agent_has_no_losing_line(tmp_path):
     proof = json.loads((tmp_path / "p.json").read_text())
     for side in ("first", "second"):
         assert proof[side]["lost"] == 0 and proof[side]["worse_than_minimax"] == 0
+    assert proof["all_positions_worse_than_minimax"] == 0
     shares = study.against_random(VALUES, evaluation.greedy_table(evaluation.load_agent(FOLDER / "weights")["actor"], VALUES))
     assert shares[0][0] >= 0.95 and shares[1][0] >= 0.78 and shares[0][2] == shares[1][2] == 0
+
+
+def test_shipped_agent_plays_none_of_the_4520_positions_worse_than_the_oracle():
+    """Also those that cannot occur against it. Judged by the oracle of this file, which shares no code with the proof."""
+    actor = evaluation.load_agent(FOLDER / "weights")["actor"]
+    boards = torch.tensor(POSITIONS, dtype=torch.int8)
+    with torch.no_grad():
+        moves = train.legal_logits(actor, boards).argmax(dim=-1).tolist()
+    worse = [board for board, square in zip(POSITIONS, moves)
+             if -oracle_value(bits(board, -1), bits(board, 1) | 1 << square) != oracle_value(bits(board, 1), bits(board, -1))]
+    assert len(POSITIONS) == 4520 and not worse
 
 
 @pytest.mark.parametrize("opponent", ["weak", "minimax"])
@@ -382,6 +406,17 @@ def test_a_short_training_learns_and_repeats_itself(tmp_path):
     rows, proof = rows_of(tmp_path / "a"), train.prove(evaluation.load_agent(tmp_path / "a")["actor"], VALUES)
     assert len(rows) == 61 and [row["update"] for row in rows if row["all_worse"]] == ["0", "30", "60"] and result["updates"] == 60
     assert proof["all_positions_worse_than_minimax"] < 0.8 * int(rows[0]["all_worse"])        # row 0 is the untrained agent
+
+
+def test_training_never_sees_what_the_solver_knows(tmp_path, monkeypatch):
+    """With a solver that tells lies the last weights are the same, byte for byte: minimax only judges."""
+    lies = {board: value for board, value in zip(VALUES, random.Random(0).choices((-1, 0, 1), k=len(VALUES)))}
+    for name, values in (("truth", VALUES), ("lies", lies)):
+        monkeypatch.setattr(train, "minimax_values", lambda: dict(values))
+        (tmp_path / name).mkdir()
+        train.train(train.Config(updates=6, games=64, hidden=16, eval_every=3, pool_every=2), tmp_path / name, lambda _: None)
+    assert (tmp_path / "truth" / "last.pt").read_bytes() == (tmp_path / "lies" / "last.pt").read_bytes()
+    assert [row["all_worse"] for row in rows_of(tmp_path / "truth")] != [row["all_worse"] for row in rows_of(tmp_path / "lies")]
 
 
 def test_examine_keeps_the_best_weights_and_the_later_one_of_equals(monkeypatch):

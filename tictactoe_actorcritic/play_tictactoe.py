@@ -91,7 +91,7 @@ def load_agent(weights):
     """
     if weights == "random":
         torch.manual_seed(0)
-        return make_agent(128)
+        return make_agent(256)
     path = newest_run("best.pt") if weights == "latest" else Path(weights)
     try:
         path = path / "best.pt" if path.is_dir() else path

@@ -1,6 +1,6 @@
 """Makes the tables and figures of README.md: trains five seeds, then every broken variant.
 
-    python study.py runs/study      17 runs of about a minute: tables.md and three figures
+    python study.py runs/study      17 runs of about two minutes: tables.md and three figures
     python study.py --gif game.gif  two animated games against a random player, a few seconds
 
 Nobody needs to read this to learn the algorithm.
@@ -43,9 +43,7 @@ def run_of(directory, name, seed):
         fail(f"the run in {out} failed; the study was stopped")
     with (out / "metrics.csv").open(encoding="utf8") as file:
         rows = list(csv.DictReader(file))
-    with (out / "timing.csv").open(encoding="utf8") as file:
-        seconds = np.cumsum([float(row["seconds"]) for row in csv.DictReader(file)])
-    proofs = [dict(update=int(row["update"]), seconds=seconds[int(row["update"])],
+    proofs = [dict(update=int(row["update"]),
                    lost=int(row["first_lost"]) + int(row["second_lost"]),
                    all_worse=int(row["all_worse"])) for row in rows if row["all_worse"]]
     result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
@@ -145,15 +143,15 @@ def draw_losing_lines(runs, path):
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for seed in range(SEEDS):
         proofs = runs[NORMAL, seed]["proofs"]
-        seconds = [proof["seconds"] for proof in proofs]
-        axes.plot(seconds, [proof["lost"] for proof in proofs], color=f"C{seed}", marker=".",
+        updates = [proof["update"] for proof in proofs]
+        axes.plot(updates, [proof["lost"] for proof in proofs], color=f"C{seed}", marker=".",
                   label=f"losing lines, seed {seed}")
-        axes.plot(seconds, [proof["all_worse"] for proof in proofs], color=f"C{seed}", alpha=0.35,
+        axes.plot(updates, [proof["all_worse"] for proof in proofs], color=f"C{seed}", alpha=0.35,
                   linestyle=":")
     axes.set_yscale("symlog", linthresh=1)
-    axes.set(xlabel="seconds of training", ylim=(-0.3, None),
+    axes.set(xlabel="updates", ylim=(-0.3, None),
              ylabel="count (dotted: errors in all 4,520 positions)",
-             title="Tic-Tac-Toe by self-play: losing lines fall to 0")
+             title="Tic-Tac-Toe by self-play: losing lines and errors fall to 0")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
