@@ -194,17 +194,17 @@ class RoomyLayer(DynamicLayer):
 
 
 def read_once(model, prompt_ids, prompt_mask, which):
-    """Reads each prompt once, for all answers to it. Returns the model's output.
+    """Reads each of P prompts once, for all B answers to them. Returns the model's output.
 
-    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the prompt of each answer. The
-    output's cache [B] is the model's memory of the tokens it has read, a row for each answer: each
-    further token then costs one token.
+    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the number of each answer's
+    prompt. The output has the logits [P, 1, V] of the answers' first token, and a cache: the
+    model's memory of the tokens it has read, so that a further token costs one token.
     """
     # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
     start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
                   use_cache=True, logits_to_keep=1)
-    start.past_key_values.batch_select_indices(which)
+    start.past_key_values.batch_select_indices(which)                   # P rows -> B rows
     return start
 
 
@@ -278,12 +278,12 @@ def completion_logprobs(model, batch, temperature):
         they predict                          a      cat  E
     """
     prompts = torch.stack([batch["prompt_ids"], batch["prompt_mask"]], dim=1)         # [B, 2, T]
-    # The different prompts, and the number of each answer's. Each is read once, with its gradient
+    # The P different prompts, each to be read once, and the number of each answer's prompt
     prompts, which = prompts.unique(dim=0, return_inverse=True)         # [P, 2, T], [B]
     start = read_once(model, *prompts.unbind(dim=1), which)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
     T = batch["prompt_ids"].shape[1]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, T:]            # [B, L]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, T:]            # [B, L], as in read_once
     rest = model(input_ids=batch["completion_ids"], attention_mask=mask, position_ids=positions,
                  past_key_values=start.past_key_values, use_cache=True)
     logits = torch.cat([start.logits[which], rest.logits[:, :-1]], dim=1)             # [B, L, V]

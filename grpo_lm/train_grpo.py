@@ -140,7 +140,7 @@ def load_policy(config):
     """(model, tokenizer) that training starts from: in fp32, without dropout."""
     model, tokenizer = load_model(AutoModelForCausalLM, config.model or HERE / "weights" / "base")
     # The policy that samples and the one that is trained must be the same function, else the
-    # ratio of Eq. 2 is not 1 at the start: no dropout, not even where update() calls train()
+    # ratio of Eq. 2 is not 1 at the start: no dropout
     if config.broken != "dropout-on":                                   # BREAK
         remove_dropout(model)
     check_policy(model.eval(), tokenizer, config.model)
@@ -353,17 +353,17 @@ def sample_tokens(logprobs, generator):
 
 
 def read_once(model, prompt_ids, prompt_mask, which):
-    """Reads each prompt once, for all answers to it. Returns the model's output.
+    """Reads each of P prompts once, for all B answers to them. Returns the model's output.
 
-    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the prompt of each answer. The
-    output's cache [B] is the model's memory of the tokens it has read, a row for each answer: each
-    further token then costs one token.
+    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the number of each answer's
+    prompt. The output has the logits [P, 1, V] of the answers' first token, and a cache: the
+    model's memory of the tokens it has read, so that a further token costs one token.
     """
     # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
     start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
                   use_cache=True, logits_to_keep=1)
-    start.past_key_values.batch_select_indices(which)
+    start.past_key_values.batch_select_indices(which)                   # P rows -> B rows
     return start
 
 
@@ -437,12 +437,12 @@ def completion_logprobs(model, batch, temperature):
         they predict                          a      cat  E
     """
     prompts = torch.stack([batch["prompt_ids"], batch["prompt_mask"]], dim=1)         # [B, 2, T]
-    # The different prompts, and the number of each answer's. Each is read once, with its gradient
+    # The P different prompts, each to be read once, and the number of each answer's prompt
     prompts, which = prompts.unique(dim=0, return_inverse=True)         # [P, 2, T], [B]
     start = read_once(model, *prompts.unbind(dim=1), which)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)  # [B, T + L]
     T = batch["prompt_ids"].shape[1]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, T:]            # [B, L]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, T:]            # [B, L], as in read_once
     rest = model(input_ids=batch["completion_ids"], attention_mask=mask, position_ids=positions,
                  past_key_values=start.past_key_values, use_cache=True)
     logits = torch.cat([start.logits[which], rest.logits[:, :-1]], dim=1)             # [B, L, V]
@@ -549,8 +549,9 @@ def update(config, accelerator, policy, optimizer, batch):
             raise FloatingPointError("the gradient is not finite")
         optimizer.step()
     sums = accelerator.reduce(sums, "sum") / config.update_epochs
-    names = ("policy_loss", "kl_loss", "clip_ratio")
-    return dict(zip(names, sums.tolist()), grad_norm=grad_norm)
+    policy_loss, kl_loss, clip_ratio = sums.tolist()
+    return dict(policy_loss=policy_loss, kl_loss=kl_loss, clip_ratio=clip_ratio,
+                grad_norm=grad_norm)
 
 
 # ---- what --break does (skip it at first) -------------------------------------------------------
@@ -614,7 +615,7 @@ def train(config, out, accelerator, log=print, bar=False):
         with accelerator.autocast():
             batch, texts = collect(config, accelerator, model, reference, tokenizer, judge, asked,
                                    generator)
-        policy.train()                                # no dropout comes back: see load_policy
+        policy.train(config.broken == "dropout-on")   # BREAK: dropout, in the update only
         terms = update(config, accelerator, policy, optimizer, batch)
         model = whole_model(accelerator, policy.eval(), reference)
         row = dict(update=number) | describe(config, accelerator, batch) | terms

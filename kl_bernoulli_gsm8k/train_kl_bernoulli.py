@@ -378,17 +378,18 @@ def sample_tokens(logprobs, generator):
 
 
 def read_once(model, prompt_ids, prompt_mask, which, **more):
-    """Reads each prompt once, for all answers to it. Returns the model's output.
+    """Reads each of P prompts once, for all B answers to them. Returns the model's output.
 
-    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the prompt of each answer. The
-    output's cache [B] is the model's memory of the tokens it has read, a row for each answer: each
-    further token then costs one token.
+    prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the number of each answer's
+    prompt. The output has the logits [P, 1, V] of the answers' first token, and a cache: the
+    model's memory of the tokens it has read, so that a further token costs one token. more: what
+    else the model is asked for.
     """
     # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
     start = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
                   use_cache=True, logits_to_keep=1, **more)
-    start.past_key_values.batch_select_indices(which)
+    start.past_key_values.batch_select_indices(which)                   # P rows -> B rows
     return start
 
 
@@ -577,25 +578,27 @@ def answer_states(policy, head, part, shared=True):
         ids            pad  pad  What  is   it   | a    cat  E           T = 5, L = 3
         states used                         it     a    cat
         they predict                        a      cat  E
+
+    shared: a problem is read once for all its answers. Not with --gradient-checkpointing, which
+    knows no cache: there each answer reads its own problem.
     """
     ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)              # [B', T + L]
     mask = torch.cat([part["prompt_mask"], part["completion_mask"].long()], dim=1)    # [B', T + L]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)                                 # [B', T + L]
-    whole = isinstance(head, torch.nn.Identity)       # the model itself makes all logits
+    whole = isinstance(head, torch.nn.Identity)       # the model makes its logits (last_layer)
     L = part["completion_ids"].shape[1]
     first, cache = [], None
-    if shared:        # the different prompts, each read once; `which`: the prompt of each answer
+    if shared:        # the P' different prompts, and the number of each answer's prompt
         prompts = torch.stack([part["prompt_ids"], part["prompt_mask"]], dim=1)       # [B', 2, T]
         prompts, which = prompts.unique(dim=0, return_inverse=True)     # [P', 2, T], [B']
         start = read_once(policy, *prompts.unbind(dim=1), which, output_hidden_states=True)
         first = [states_of(start, whole)[which, -1:]]                   # [B', 1, D]
         cache = start.past_key_values
         ids, positions = part["completion_ids"], positions[:, -L:]      # what is left to read
-    # Else each answer reads its own prompt: gradient checkpointing knows no cache
     rest = policy(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=shared,
                   past_key_values=cache, output_hidden_states=True, logits_to_keep=int(not whole))
-    states = torch.cat([*first, states_of(rest, whole)], dim=1)         # ends with [B', 1 + L, D]
-    return states[:, -L - 1:-1]
+    states = torch.cat([*first, states_of(rest, whole)], dim=1)         # [B', 1 + L or T + L, D]
+    return states[:, -L - 1:-1]                       # without the last one, which predicts nothing
 
 
 def chunk_sums(config, head, states, ids, weights, entropy_weights):
@@ -648,9 +651,9 @@ def train(config, out, accelerator, log=print, bar=False):
         due = number % config.eval_every == 0 or number == config.updates
         if due:
             row = row | greedy_test(config, accelerator, model, tokenizer, tests, state, out)
-            log(f"{asked[0].question}\n    -> {texts[0]}")
         log(table_line(row | state["clock"][-1], left=config.updates - number))
         if due and accelerator.is_main_process:
+            log(f"{asked[0].question}\n    -> {texts[0]}")
             save_checkpoint(out, model, optimizer, state)
     seconds = sum(row["seconds"] for row in state["clock"])
     result = dict(updates=state["update"], train_seconds=seconds, tests=state["tests"])

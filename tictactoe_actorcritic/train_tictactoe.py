@@ -336,8 +336,8 @@ def choose(config, pool, positions, generator):
     """(the opponent, where the games start [B, 9]) of one update.
 
     Exploring starts: the policy gradient learns only where it goes, and good players never go to
-    most positions; so games start from random ones. Only 334 of the 4,520 have fewer than four
-    stones, and the longest games follow. So each number of stones, 0 to 8, is equally likely.
+    most positions. So games start from random ones. The number of stones is chosen first, 0 to 8,
+    each as often: positions with few stones are rare (334 of the 4,520 have fewer than four).
     """
     opponent = pool[torch.randint(len(pool), (1,), generator=generator).item()]
     stones = (positions != 0).sum(dim=1)                                # [4520] from 0 to 8

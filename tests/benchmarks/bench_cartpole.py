@@ -202,7 +202,7 @@ def main():
           f"| | | | {rate:,.0f} |")
     print(f"| random actions, same vector environment | | | | | | {limit:,.0f} |")
     print(f"\nseeds: {len(seeds)}, threads: {args.threads}; training loop at {rate / limit:.0%} of the random-action rate")
-    write_json(args.json, lesson="cartpole_reinforce", what=f"medians of {len(seeds)} seeds", model="", threads=args.threads, rows=rows,
+    write_json(args.json, lesson="cartpole_reinforce", what=f"{len(seeds)} seeds, medians", model="", threads=args.threads, rows=rows,
                floor=limit, floor_share=rate / limit)
 
 

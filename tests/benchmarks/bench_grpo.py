@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from common import OURS, Memory, head, in_turns, layers, matrix_rate, table, write_json
+from common import OURS, OWN_PROMPT, Memory, head, in_turns, layers, matrix_rate, swapped, table, write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "grpo_lm"
 sys.path.insert(0, str(FOLDER))
@@ -47,6 +47,17 @@ def ours_stepper(model, judge, prompts, asked_at_once):
             end = time.perf_counter()
         return middle - start, end - middle, batch["completion_mask"].sum().item(), memory.above
     return step, policy, tokenizer
+
+
+def own_prompt(model, batch, temperature):
+    """completion_logprobs as it is usually written: every answer has its own copy of the prompt."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)
+    found = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0), use_cache=False,
+                  logits_to_keep=batch["completion_ids"].shape[1] + 1)
+    logits = found.logits[:, :-1].float() / temperature
+    chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
+    return (chosen - logits.logsumexp(dim=-1)) * batch["completion_mask"]
 
 
 def trl_stepper(model, judge, prompts, asked_at_once, rows):
@@ -112,7 +123,7 @@ def main():
     what = f"{args.prompts} prompts × {GROUP} answers of at most {LONGEST} tokens"
     print(f"{args.threads} threads, {rate / 1e9:.0f} GFLOP/s, {what}")
     mine, policy, tokenizer = ours_stepper(args.model, judge, prompts, args.prompts)
-    contenders = {OURS: mine} | {f"TRL, {rows} answers a pass": trl_stepper(args.model, judge, prompts, args.prompts, rows) for rows in args.rows}
+    contenders = {OURS: mine, OWN_PROMPT: swapped(ours, "completion_logprobs", own_prompt, mine)} | {f"TRL, {rows} answers a pass": trl_stepper(args.model, judge, prompts, args.prompts, rows) for rows in args.rows}
     results = in_turns(contenders, args.updates, warm=1 if args.model else 3)
     # Of the layers for every token read, of the head for every token of an answer, three times as many in the update (with gradient).
     # A prompt is read once for all its answers, except by the reward model, which sees texts one by one

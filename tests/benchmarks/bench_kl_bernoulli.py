@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from common import OURS, Memory, head, in_turns, layers, matrix_rate, table, write_json
+from common import OURS, OWN_PROMPT, Memory, head, in_turns, layers, matrix_rate, swapped, table, write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "kl_bernoulli_gsm8k"
 sys.path.insert(0, str(FOLDER))
@@ -119,12 +119,14 @@ def main():
     what = f"{args.problems} problems × {args.group} answers of at most {args.longest} tokens"
     print(f"{args.threads} threads, {rate / 1e9:.0f} GFLOP/s, {what}")
     mine, policy, tokenizer, problems, trained = ours_stepper(args)
-    contenders = {OURS: mine} | {f"TRL, {rows} answers a pass": trl_stepper(args, rows) for rows in args.rows}
+    shared = ours.answer_states
+    own = swapped(ours, "answer_states", lambda policy, head, part, **_: shared(policy, head, part, shared=False), mine)
+    contenders = {OURS: mine, OWN_PROMPT: own} | {f"TRL, {rows} answers a pass": trl_stepper(args, rows) for rows in args.rows}
     results = in_turns(contenders, args.steps, warm=1 if args.model else 2)
     texts = [ours.prompt_text(tokenizer, problem.question, settings(args).instruction) for problem in problems[:500]]
     T = float(np.mean([ours.prompt_tokens(tokenizer, [text])[0].shape[1] for text in texts]))
     floors = []
-    for share, (_, _, tokens, _) in zip(trained[-args.steps:], results[OURS]):
+    for share, (_, _, tokens, _) in zip(trained[-2 * args.steps::2], results[OURS]):     # OWN_PROMPT's steps are in between
         # A prompt's tokens need no more than one pass for all its answers. The update (three times as much) reads only the answers of unequal groups
         once = 2 * tokens * (layers(policy) + head(policy)) + 2 * args.problems * T * layers(policy)
         floors.append((once + 3 * share * once) / rate)

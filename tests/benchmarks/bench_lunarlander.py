@@ -191,7 +191,7 @@ def main():
     share = rows[0]["rate"] / limit
     print(f"\nseeds: {args.seeds}, threads: {args.threads}; {args.our_steps:,} steps (ours) and {args.their_steps:,} (theirs) in all; "
           f"training at {share:.0%} of the random-action rate")
-    write_json(args.json, lesson="lunarlander_ppo", what=f"medians of {args.seeds} seeds", model="", threads=args.threads, rows=rows,
+    write_json(args.json, lesson="lunarlander_ppo", what=f"{args.seeds} seeds, medians" if args.seeds > 1 else "one seed", model="", threads=args.threads, rows=rows,
                floor=limit, floor_share=share)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from common import OURS, Memory, head, in_turns, layers, matrix_rate, table, write_json
+from common import OURS, OWN_PROMPT, Memory, head, in_turns, layers, matrix_rate, swapped, table, write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "reinforce_rlhf"
 sys.path.insert(0, str(FOLDER))
@@ -49,6 +49,17 @@ def ours_stepper(config, judge, prompts):
             end = time.perf_counter()
         return middle - start, end - middle, batch["completion_mask"].sum().item(), memory.above
     return step, policy, tokenizer
+
+
+def own_prompt(model, batch, temperature, _):
+    """completion_logprobs as it is usually written: every answer has its own copy of the prompt."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], dim=1)
+    found = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0), use_cache=False,
+                  logits_to_keep=batch["completion_ids"].shape[1] + 1)
+    logits = found.logits[:, :-1].float() / temperature
+    chosen = logits.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
+    return (chosen - logits.logsumexp(dim=-1)) * batch["completion_mask"]
 
 
 def trl_stepper(config, judge, prompts, rows):
@@ -119,7 +130,7 @@ def main():
     what = f"{args.prompts} prompts × {GROUP} answers of at most {LONGEST} tokens"
     print(f"{args.threads} threads, {rate / 1e9:.0f} GFLOP/s, {what}")
     mine, policy, tokenizer = ours_stepper(config, judge, prompts)
-    contenders = {OURS: mine} | {f"TRL, {rows} answers a pass": trl_stepper(config, judge, prompts, rows) for rows in args.rows}
+    contenders = {OURS: mine, OWN_PROMPT: swapped(ours, "completion_logprobs", own_prompt, mine)} | {f"TRL, {rows} answers a pass": trl_stepper(config, judge, prompts, rows) for rows in args.rows}
     results = in_turns(contenders, args.steps, warm=1 if args.model else 3)
     T = float(np.mean([ours.prompt_tokens(tokenizer, [prompt])[0].shape[1] for prompt in prompts]))
     floors = []

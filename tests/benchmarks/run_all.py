@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import OWN_PROMPT
+
 HERE = Path(__file__).resolve().parent
 # lesson: what is compared, flags of --quick, flags of a full run
 BENCHES = {"cartpole": ("seconds to a greedy 475", ["--quick"], []),
@@ -50,7 +52,9 @@ def run(name, flags, file):
 def line(found, measure):
     """One row of the table: ours, the fastest peer, how many times as fast we are, the share of the floor, memory."""
     ours, *others = found["rows"]
-    value = lambda row: f"{row['seconds']:.2f} s" if measure.startswith("seconds") else f"{row['rate']:,.1f}"
+    others = [row for row in others if row["name"] != OWN_PROMPT]
+    digits = ",.0f" if ours["rate"] > 100 else ".2f"
+    value = lambda row: f"{row['seconds']:.2f} s" if measure.startswith("seconds") else format(row["rate"], digits)
     share = found.get("floor_share") or (found["floor"] / ours["seconds"] if found.get("floor") else None)
     share = f"{share:.0%}" if share else "—"
     what = found["what"] + (f", {found['model']}" if found["model"] else "")
