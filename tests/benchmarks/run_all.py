@@ -92,7 +92,12 @@ def main():
                 versions |= found["versions"]
     if not rows:
         sys.exit("run_all.py: error: no benchmark ran")
-    text = ["| lesson | what | measure | ours | fastest peer | peer | times as fast | share of the floor | MB, ours / peer |",
+    flags = (" --quick" if args.quick else "") + (" --model DIR" if args.model else "") + f" --threads {args.threads}"
+    text = ["# Benchmarks", "",
+            f"`python tests/benchmarks/run_all.py{flags}` (with `--keep`, some results may be from a call before). Contenders take turns within a run, except in "
+            "CartPole and LunarLander, where one follows the other. *Times as fast* is the ratio to the fastest peer. *Floor* is the rate of random actions "
+            "in the same environment, or the multiplications that a language model cannot avoid, at this machine's rate for a large product.", "",
+            "| lesson | what | measure | ours | fastest peer | peer | times as fast | share of the floor | MB, ours / peer |",
             "|---|---|---|---|---|---|---|---|---|", *rows, "",
             f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, {time.strftime('%Y-%m-%d')}. "
             + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
