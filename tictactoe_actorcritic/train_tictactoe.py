@@ -1,6 +1,6 @@
 """Actor-critic self-play on Tic-Tac-Toe: learn against your own past, then prove you never lose.
 
-    python train_tictactoe.py           about two minutes; expect 0 losing lines (no sequence of
+    python train_tictactoe.py           about three minutes; expect 0 losing lines (no sequence of
                                         moves beats it) and, in all 4,520 positions, no move that is
                                         worse than minimax would make
     python train_tictactoe.py --help    every hyperparameter, with the symptom of a wrong value
@@ -736,7 +736,7 @@ def main():
     log = (lambda text: None) if args.quiet else tqdm.write
     versions = f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}"
     log(f"self-play · {versions} · cpu · seed {config.seed}")
-    log("expect with the default settings: about two minutes, and no losing line after a third"
+    log("expect with the default settings: about three minutes, and no losing line after a third"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
         result = train(broken_config(config), out, log,
