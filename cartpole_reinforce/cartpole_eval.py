@@ -20,10 +20,10 @@ import csv
 import io
 import json
 import os
-import pickle
 import shlex
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -122,7 +122,7 @@ def evaluate(policy, episodes, seed):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -155,18 +155,19 @@ def load_policy(weights):
     path = newest_run("best.pt") if weights == "latest" else Path(weights)
     try:
         path = path / "best.pt" if path.is_dir() else path
+        if not path.exists():
+            fail(f"there are no weights at {path}; {REMEDY}")
+        # A pipe would never end; and torch.load does not look at the checksums in the file
+        assert path.is_file() and zipfile.ZipFile(path).testzip() is None
         with warnings.catch_warnings(action="ignore"):        # a refused file is reported below
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
         policy = make_policy(hidden=state["0.weight"].shape[0])
         policy.load_state_dict(state)
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise ValueError("a weight is not a number")
-    except FileNotFoundError:
-        fail(f"there are no weights at {path}; {REMEDY}")
-    except pickle.UnpicklingError:
-        fail(f"{path} holds something else than tensors and was not opened; {REMEDY}")
     except Exception:                 # torch raises many kinds; the remedy is one
-        fail(f"{path} cannot be used, it is damaged or of another network; {REMEDY}")
+        fail(f"{path} was not opened: it is damaged, of another network, or holds something else "
+             f"than tensors; {REMEDY}")
     return policy
 
 
@@ -184,13 +185,12 @@ def table(results):
 
 def judge_run(out, quiet):
     """Judges the best weights of a finished run: eval.json and curve.png go into its directory."""
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf8"))
-        result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        with (out / "metrics.csv").open(encoding="utf8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, KeyError):
-        fail(f"--run {out} is not the directory of a finished run of train_cartpole.py")
+    # A pipe in a file's place would never end
+    assert all((out / name).is_file() for name in ("config.json", "train.json", "metrics.csv"))
+    config = json.loads((out / "config.json").read_text(encoding="utf8"))
+    result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
+    with (out / "metrics.csv").open(encoding="utf8") as file:
+        rows = list(csv.DictReader(file))
     # Seeds that decided nothing during training
     results = evaluate(load_policy(out), config["eval_episodes"], seed=2_000_000 + config["seed"])
     write(out / "eval.json", json.dumps(results, indent=1) + "\n")
@@ -355,7 +355,10 @@ def main():
     torch.set_num_threads(1)
     if args.run:
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
-        return judge_run(out, args.quiet)
+        try:
+            return judge_run(out, args.quiet)
+        except Exception as problem:  # Python raises many kinds; the remedy is one
+            fail(f"--run {out} is no finished run of train_cartpole.py ({problem!r})")
     policy = load_policy("random" if args.smoke else args.weights)
     if args.render:
         return render(policy, args)
@@ -374,5 +377,5 @@ if __name__ == "__main__":
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

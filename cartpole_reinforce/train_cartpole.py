@@ -46,6 +46,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -67,7 +69,7 @@ BREAKS = ("no-baseline", "no-reward-to-go", "wrong-sign", "endless-episodes", "w
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
+    """A hyperparameter: default, text of --help, and range (low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
@@ -77,9 +79,9 @@ class Config:
     # those of the final evaluation 2,000,000 + seed, so that all of them are new ones
     seed: int = hp(1, "same seed, same run", low=0, high=999)
     lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: "
-                   "still falling over after 50 updates", above=0)
+                   "still falling over after 50 updates", low=1e-9)
     gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, "
-                      "but the far future stops counting", above=0, high=1)
+                      "but the far future stops counting", low=1e-9, high=1)
     batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps. "
                              "Too high: good steps, but few of them", low=2, high=4096)
     hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly",
@@ -246,7 +248,7 @@ def update(policy, optimizer, batch, config):
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), math.inf)     # inf: only measures
     if not torch.isfinite(grad_norm):                 # before it can touch the weights
-        raise FloatingPointError("the gradient is not finite")
+        raise FloatingPointError("the gradient is not finite; start again with a lower --lr")
     optimizer.step()
     entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)          # [T, N]; fair coin: log 2
     alive = mask.bool()
@@ -272,7 +274,7 @@ def train(config, out, device, log=print):
     # All that save_run needs, also after Ctrl-C. rows: for metrics.csv; clock: for timing.csv
     state = dict(update=0, env_steps=0, checks=0, solved=False, best_return=-math.inf, best=None,
                  rows=[], clock=[])
-    log(table_line())
+    log(HEADINGS)
     try:
         while state["update"] < config.updates and not state["solved"]:
             number = state["update"] + 1
@@ -371,19 +373,18 @@ COLUMNS = (("update", "update", "d"), ("episodes", "episodes", "d"), ("env_steps
            ("return_max", "max", ".0f"), ("entropy", "entropy", ".3f"),
            ("return_to_go_std", "std G", ".2f"), ("advantage_std", "std A", ".2f"),
            ("grad_norm", "gradient", ".1f"), ("seconds", "seconds", ".3f"))
+HEADINGS = " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
 
 
 def table_line(row=None):
     """One line of the console's table: the headings, or a row."""
-    if row is None:
-        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
     cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
     return " ".join(f"{cell:>8}" for cell in cells)
 
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -434,13 +435,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+        low, high = rule.get("low", -10**9), rule.get("high", 10**9)
+        if f.type is not str and not low <= value <= high:
+            fail(f"{flag_of(f)} must be from {low:,} to {high:,}, not {value}")
 
 
 def parse_args():
@@ -449,17 +446,15 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}; see --help")
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
-        text += f" (default {f.default})" if f.default != "" else ""
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
                                metavar=f.type.__name__.upper())
-    files = parser.add_argument_group("files and machine")
-    files.add_argument("--out", type=Path,
+    parser.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
-    files.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                        help="auto is the CPU: for so small a network a GPU only adds waiting")
-    files.add_argument("--smoke", action="store_true", help="3 tiny updates: does it run?")
-    files.add_argument("--quiet", action="store_true", help="no output but errors")
+    parser.add_argument("--smoke", action="store_true", help="3 tiny updates: does it run?")
+    parser.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
@@ -477,14 +472,17 @@ def new_run(given, args):
 
 
 def open_directory(out, config):
-    """Makes the run's directory with its config.json; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name")
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
+    """Makes the run's directory with its config.json; an error if it holds results already.
+
+    Returns a lock, which keeps other runs out until this process ends, however it ends.
+    """
+    found = out.exists() and {path.name for path in out.iterdir()} - {"config.json", ".in_use"}
+    if found:
+        fail(f"--out {out} is not empty: choose another name")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".in_use").acquire(timeout=0)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    return lock
 
 
 def start_judge(out, args):
@@ -512,7 +510,7 @@ def main():
     device = torch.device("cpu" if args.device == "auto" else args.device)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / name
-    open_directory(out, config)
+    args.lock = open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
     versions = f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}"
@@ -521,8 +519,6 @@ def main():
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
         result = train(config, out, device, log)
-    except FloatingPointError as problem:
-        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
         interrupted(out)
     about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
@@ -539,5 +535,9 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except Exception as problem:
+        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
+        if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
+            raise
+        fail(str(problem) or "out of memory")

@@ -191,11 +191,16 @@ def side_by_side(base, trained, prompts, samples):
 def open_run(out):
     """(config, figures of train.json, rows of metrics.csv) of a finished run."""
     try:
+        # A pipe in a file's place would never end
+        assert all((out / name).is_file() for name in ("config.json", "train.json", "metrics.csv"))
         config = json.loads((out / "config.json").read_text(encoding="utf8"))
         train = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        with (out / "metrics.csv").open(encoding="utf8") as file:
-            return config, train, list(csv.DictReader(file))
-    except (OSError, ValueError, KeyError):
+        rows = list(csv.DictReader((out / "metrics.csv").read_text("utf8").splitlines()))
+        # Numbers where numbers are needed: else a file is damaged, or of another script
+        numbers = [config["seed"], train["train_seconds"], *rows[0].values(), *rows[-1].values()]
+        assert all(math.isfinite(float(number or 0)) for number in numbers)
+        return config, train, rows
+    except Exception:                 # Python raises many kinds; the remedy is one
         fail(f"--run {out} is not the directory of a finished run of train_grpo.py")
 
 
@@ -250,7 +255,7 @@ def plot_curve(path, rows, gold, config):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -366,5 +371,5 @@ if __name__ == "__main__":
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

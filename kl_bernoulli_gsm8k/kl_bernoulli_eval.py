@@ -237,7 +237,7 @@ def newest_run(needed):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -361,9 +361,9 @@ def find_policy(name):
     path = path / "policy" if (path / "policy").is_dir() else path
     stored = path.parent / "config.json"
     try:
-        settings = json.loads(stored.read_text(encoding="utf8")) if stored.exists() else {}
+        settings = json.loads(stored.read_text(encoding="utf8")) if stored.is_file() else {}
         return path, SimpleNamespace(**DEFAULTS | settings)
-    except (OSError, ValueError, TypeError):
+    except Exception:                 # Python raises many kinds; the remedy is one
         fail(f"{stored} is not readable; take another copy of the run")
 
 
@@ -455,5 +455,5 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

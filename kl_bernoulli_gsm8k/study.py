@@ -55,7 +55,7 @@ PANELS = (("tests", "greedy_accuracy", "greedy accuracy, test problems"),
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -214,6 +214,8 @@ def main():
     parser.add_argument("--movie", type=Path, metavar="FILE", help="only the GIF")
     parser.add_argument("--smoke", action="store_true", help="only say what a study would run")
     args = parser.parse_args()
+    if args.movie and args.movie.suffix != ".gif":
+        fail(f"--movie {args.movie} must end in .gif")
     if args.smoke:
         runs = len(SEEDS) * (len(DEFAULT) + len(METHODS) + len(BREAKS))
         alone = not (HERE / "train_kl_bernoulli.py").exists()

@@ -57,7 +57,6 @@ import argparse
 import contextlib
 import json
 import math
-import operator
 import os
 import re
 import shlex
@@ -65,6 +64,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -75,6 +75,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -87,7 +88,7 @@ BREAKS = ("naive-log1mp", "train-on-wrong")
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
+    """A hyperparameter: default, text of --help, and range (low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
@@ -111,12 +112,12 @@ class Config:
     batch_size: int = hp(512, "B, answers per update. Too low: noisy. Too high: slow", low=1)
     group_size: int = hp(4, "G, answers per problem; default 1 if the method is not dr_grpo", low=1)
     max_new_tokens: int = hp(40, "L_max, tokens after which an answer is cut off", low=1)
-    temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", above=0)
+    temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", low=1e-9)
     sampling_batch: int = hp(512, "answers sampled at a time: memory for keys and values", low=1)
     # The optimizer
-    lr: float = hp(1e-4, "α, AdamW's step size. Too high: accuracy falls. 4 B: 1e-6", above=0)
+    lr: float = hp(1e-4, "α, AdamW's step size. Too high: accuracy falls. 4 B: 1e-6", low=1e-9)
     weight_decay: float = hp(0.01, "AdamW's pull towards 0, as in the thesis", low=0)
-    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", above=0)
+    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-9)
     micro_batch: int = hp(64, "answers per forward pass: memory and speed, not the result", low=1)
     token_chunk: int = hp(4096, "tokens whose logits are held at a time: memory and speed", low=1)
     gradient_checkpointing: bool = hp(False, "less memory, more time")
@@ -546,7 +547,7 @@ def update(config, accelerator, policy, optimizer, batch):
         total += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
     if not math.isfinite(grad_norm):                  # before it can touch the weights
-        raise FloatingPointError("the gradient is not finite")
+        raise FloatingPointError("the gradient is not finite; start again with a lower --lr")
     optimizer.step()
     loss = float(accelerator.reduce(total, "sum"))
     return dict(loss=loss, grad_norm=grad_norm, trained=trained, correct=correct)
@@ -620,8 +621,6 @@ def train(config, out, accelerator, log=print, bar=False):
     policy, tokenizer = load_policy(config)
     problems, tests = load_problems(config)
     check_context(policy, tokenizer, problems + tests, config)
-    if accelerator.is_main_process:                   # not before model and data could be read
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr,
                                   weight_decay=config.weight_decay)
     state = load_checkpoint(out, policy, optimizer, accelerator.num_processes)
@@ -631,7 +630,7 @@ def train(config, out, accelerator, log=print, bar=False):
         greedy_test(config, accelerator, model, tokenizer, tests, state, out)
     log(f"{model.num_parameters()} parameters · {len(problems)} problems · greedy accuracy "
         f"before training {state['tests'][0]['greedy_accuracy']:.1%}")
-    log(table_line())
+    log(HEADINGS)
     for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
                        total=config.updates, disable=not bar, unit="update", leave=False):
         start = time.perf_counter()
@@ -837,8 +836,7 @@ def check_context(model, tokenizer, problems, config):
     prompts = [prompt_text(tokenizer, problem.question, config.instruction) for problem in problems]
     longest = prompt_tokens(tokenizer, prompts)[0].shape[1]
     if 0 < context < longest + config.max_new_tokens:
-        fail(f"{longest} tokens of a problem ({max(prompts, key=len)[:40]!r}) and --max-new-tokens "
-             f"{config.max_new_tokens} exceed the model's context of {context}")
+        fail(f"{max(prompts, key=len)[:30]!r} and --max-new-tokens exceed the context of {context}")
 
 
 class RoomyLayer(DynamicLayer):
@@ -864,12 +862,11 @@ COLUMNS = (("update", "update", "d"), ("sampled_accuracy", "right", ".1%"),
            ("completion_length", "length", ".1f"), ("cut_off_ratio", "cut off", ".0%"),
            ("trained", "trained", "d"), ("loss", "loss", ".4f"), ("grad_norm", "gradient", ".3f"),
            ("seconds", "seconds", ".2f"), ("left", "left", "s"))
+HEADINGS = " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
 
 
-def table_line(row=None, left=0):
-    """One line of the console's table: the headings, or a row with the time that is left."""
-    if row is None:
-        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+def table_line(row, left=0):
+    """One line of the console's table: a row, and the time that is left."""
     row = row | dict(left=f"{left * row['seconds']:.0f} s")
     cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
     return " ".join(f"{cell:>8}" for cell in cells)
@@ -877,7 +874,7 @@ def table_line(row=None, left=0):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -902,6 +899,7 @@ def save(model, tokenizer, directory):
     """Model and tokenizer as a Hugging Face directory."""
     beside = directory.with_name(directory.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()                    # not its parents: a run's directory may have been removed
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     shutil.rmtree(directory, ignore_errors=True)
@@ -925,7 +923,9 @@ def load_checkpoint(out, policy, optimizer, processes):
     if not path.exists():
         return dict(update=0, rows=[], tests=[], clock=[], processes=processes)
     with contextlib.suppress(Exception):              # torch raises many kinds; the remedy is one
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        # A pipe would never end; and torch.load does not look at the checksums in the file
+        assert path.is_file() and zipfile.ZipFile(path).testzip() is None
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["state"]["processes"] == processes:  # else its problems would be other ones
@@ -947,10 +947,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        words = dict(above="above", low="at least", high="at most")
-        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
-            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
-                fail(f"{flag_of(f)} must be {words[word]} {rule[word]:,}, not {value}")
+        low, high = rule.get("low", -10**9), rule.get("high", 10**9)
+        if f.type is not str and not low <= value <= high:
+            fail(f"{flag_of(f)} must be from {low:,} to {high:,}, not {value}")
     check_together(config)
 
 
@@ -971,18 +970,16 @@ def parse_args():
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="…")
-        text = f.metadata["help"].replace("%", "%%")
-        text += f" (default {f.default})" if f.default not in ("", False) else ""
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
-    files = parser.add_argument_group("files and machine")
-    files.add_argument("--preset", choices=PRESETS, help="settings to start from; flags win")
-    files.add_argument("--out", type=Path, help="the run's directory (runs/<time>_seed<k>)")
-    files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from; flags win")
+    parser.add_argument("--out", type=Path, help="the run's directory (runs/<time>_seed<k>)")
+    parser.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
     gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
-    files.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+    parser.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
                        default="auto", help="auto: a GPU if there is one")
-    files.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
-    files.add_argument("--quiet", action="store_true", help="no output but errors")
+    parser.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    parser.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     return given, args
@@ -1008,28 +1005,31 @@ def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.preset:
         fail("--resume takes everything but --device and --quiet from the run's directory")
-    args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
+    found = [run for run in HERE.glob("runs/*") if not run.name.endswith("_smoke")]
+    newest = max(found, key=os.path.getmtime, default=HERE / "runs" / "none")
+    args.out = newest if args.resume == "latest" else Path(args.resume)
     try:
-        config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (ValueError, TypeError):
-        fail(f"--resume {args.out}: its config.json is not one of this version of the script")
+        path = args.out / "config.json"
+        assert path.is_file() and path.stat().st_size < 1_000_000       # a pipe would never end
+        config = Config(**json.loads(path.read_text(encoding="utf8")))
+    except Exception:                 # Python raises many kinds; the remedy is one
+        fail(f"--resume {args.resume}: no run with a config.json of this version of the script")
     check(config)
     return config
 
 
-def newest_run(needed):
-    """The newest directory in runs/ with a file of that name; runs of --smoke do not count."""
-    found = [path for path in HERE.glob(f"runs/*/{needed}") if "_smoke" not in path.parent.name]
-    if not found:
-        fail(f"latest: no run in {HERE / 'runs'} has a {needed} yet")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+def open_directory(out, config, resumed):
+    """Makes the run's directory with its config.json; an error if it holds results already.
 
-
-def open_directory(out):
-    """Makes the run's directory; an error if it holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    Returns a lock, which keeps other runs out until this process ends, however it ends.
+    """
+    found = out.exists() and {path.name for path in out.iterdir()} - {"config.json", ".in_use"}
+    if found and not resumed:
         fail(f"--out {out} is not empty: choose another name, or go on with --resume {out}")
     out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".in_use").acquire(timeout=0)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    return lock
 
 
 def start_judge(out, args):
@@ -1059,9 +1059,8 @@ def main():
         fail(f"{processes} processes cannot share the problems of an update: change --batch-size")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
-    if accelerator.is_main_process and not args.resume:
-        open_directory(out)
-    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        args.lock = open_directory(out, config, bool(args.resume))
 
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
@@ -1072,8 +1071,6 @@ def main():
     try:
         policy, tokenizer, result = train(config, out, accelerator, log,
                                           bar=loud and sys.stderr.isatty())
-    except FloatingPointError as problem:
-        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
         words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
         print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
@@ -1099,5 +1096,9 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except Exception as problem:
+        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
+        if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
+            raise
+        fail(str(problem) or "out of memory")

@@ -50,16 +50,19 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+from filelock import FileLock
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 from tqdm import tqdm
@@ -71,7 +74,7 @@ BREAKS = ("no-clip", "no-adv-norm", "truncation-is-death", "no-gae", "one-epoch"
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
+    """A hyperparameter: default, text of --help, and range (low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
@@ -87,24 +90,24 @@ class Config:
     num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the "
                         "critic's guesses alone", low=1, high=10_000)
     reward_scale: float = hp(0.02, "rewards are multiplied by it, so that values are about 1, not "
-                             "about 200, which the critic would need ages to reach", above=0)
+                             "about 200, which the critic would need ages to reach", low=1e-9)
     # Advantages
     gamma: float = hp(0.999, "γ, discount. .97 sees 1/(1 − γ) = 33 steps ahead, a landing takes "
-                      "200: it hovers", above=0, high=1)
+                      "200: it hovers", low=1e-9, high=1)
     gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards "
                            "alone (noisy)", low=0, high=1)
     # The loss
     clip_eps: float = hp(0.2, "ε, how far a ratio may leave 1 before it stops paying. Too high: "
-                         "no clip. Too low: nothing is learnt per batch", above=0, high=1)
+                         "no clip. Too low: nothing is learnt per batch", low=1e-9, high=1)
     ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: "
                          "never commits to a landing", low=0)
     vf_coef: float = hp(0.5, "c_v, weight of the value loss. Adam ignores a constant factor; it "
                         "only shares out max_grad_norm between actor and critic", low=0)
     # The optimizer
     lr: float = hp(2e-3, "α, Adam's step size, falling to 0. Too high: approx_kl above .05, "
-                   "collapse. Too low: hovers for a long time", above=0)
+                   "collapse. Too low: hovers for a long time", low=1e-9)
     max_grad_norm: float = hp(0.5, "a longer gradient is shortened to this norm. Too high: one bad "
-                              "batch can ruin the policy", above=0)
+                              "batch can ruin the policy", low=1e-9)
     update_epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and "
                             "the data grow stale", low=1)
     minibatch_size: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. "
@@ -352,7 +355,8 @@ def update(agent, optimizer, batch, config, generator):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             if not torch.isfinite(grad_norm):         # before it can touch the weights
-                raise FloatingPointError("the gradient is not finite")
+                raise FloatingPointError("the gradient is not finite; "
+                                         "start again with a lower --lr")
             optimizer.step()
             history.append(torch.stack([*terms.values(), grad_norm]))
         if config.target_kl > 0 and terms["approx_kl"] > config.target_kl:
@@ -379,7 +383,7 @@ def train(config, out, device, log=print, bar=False):
     envs = SyncVectorEnv([make_env] * config.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     # Of a new run: update 0, best_eval −∞, no best weights, no flights, no rows of the tables
     state = load_checkpoint(out, agent, optimizer, generator)
-    log(table_line())
+    log(HEADINGS)
     for number in tqdm(range(state["update"] + 1, config.updates + 1), initial=state["update"],
                        total=config.updates, disable=not bar, unit="update", leave=False):
         start = time.perf_counter()
@@ -496,12 +500,11 @@ COLUMNS = (("update", "update", "d"), ("env_steps", "steps", ",d"),
            ("entropy", "entropy", ".3f"), ("approx_kl", "kl", ".4f"), ("clipfrac", "clip", ".2f"),
            ("explained_variance", "expl.var", ".3f"), ("eval_mean", "greedy", ".1f"),
            ("seconds", "seconds", ".2f"), ("left", "left", "s"))
+HEADINGS = " ".join(f"{heading:>9}" for _, heading, _ in COLUMNS)
 
 
-def table_line(row=None, left=0):
-    """One line of the console's table: the headings, or a row with the time that is left."""
-    if row is None:
-        return " ".join(f"{heading:>9}" for _, heading, _ in COLUMNS)
+def table_line(row, left=0):
+    """One line of the console's table: a row, and the time that is left."""
     row = row | dict(left=f"{left * row['seconds']:.0f} s")
     cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
     return " ".join(f"{cell:>9}" for cell in cells)
@@ -521,7 +524,7 @@ def summary(state):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -563,13 +566,17 @@ def save_checkpoint(out, agent, optimizer, generator, state):
 def load_checkpoint(out, agent, optimizer, generator):
     """The state of the run in `out`; that of a new run, if it has no checkpoint."""
     path = out / "checkpoint.pt"
+    new = dict(update=0, best_eval=-math.inf, best=None, flights=[], rows=[], clock=[])
     if not path.exists():
-        return dict(update=0, best_eval=-math.inf, best=None, flights=[], rows=[], clock=[])
+        return new
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        # A pipe would never end; and torch.load does not look at the checksums in the file
+        assert path.is_file() and zipfile.ZipFile(path).testzip() is None
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
+        assert saved["state"].keys() == new.keys()
         return saved["state"]
     except Exception:                 # torch raises many kinds; the remedy is one
         fail(f"{path} is damaged or of another network; start a new run")
@@ -589,13 +596,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+        low, high = rule.get("low", -10**9), rule.get("high", 10**9)
+        if f.type is not str and not low <= value <= high:
+            fail(f"{flag_of(f)} must be from {low:,} to {high:,}, not {value}")
     check_together(config)
 
 
@@ -615,18 +618,16 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}; see --help")
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
-        text += f" (default {f.default})" if f.default != "" else ""
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
                                metavar=f.type.__name__.upper())
-    files = parser.add_argument_group("files and machine")
-    files.add_argument("--out", type=Path,
+    parser.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
-    files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
-    files.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+    parser.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                        help="auto is the CPU: the landers live there, the networks are small")
-    files.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
-    files.add_argument("--quiet", action="store_true", help="no output but errors")
+    parser.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    parser.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
@@ -648,33 +649,31 @@ def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke:
         fail("--resume takes everything but --device and --quiet from the run's directory")
-    args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
+    found = [run for run in HERE.glob("runs/*") if not run.name.endswith("_smoke")]
+    newest = max(found, key=os.path.getmtime, default=HERE / "runs" / "none")
+    args.out = newest if args.resume == "latest" else Path(args.resume)
     try:
-        config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (ValueError, TypeError):
-        fail(f"--resume {args.out}: its config.json is not one of this version of the script")
+        path = args.out / "config.json"
+        assert path.is_file() and path.stat().st_size < 1_000_000       # a pipe would never end
+        config = Config(**json.loads(path.read_text(encoding="utf8")))
+    except Exception:                 # Python raises many kinds; the remedy is one
+        fail(f"--resume {args.resume}: no run with a config.json of this version of the script")
     check(config)
     return config
 
 
-def newest_run(needed):
-    """The newest directory in runs/ with a file of that name; runs of --smoke do not count."""
-    found = [path for path in HERE.glob(f"runs/*/{needed}") if "_smoke" not in path.parent.name]
-    if not found:
-        fail(f"latest: no run in {HERE / 'runs'} has a {needed} yet")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+def open_directory(out, config, resumed):
+    """Makes the run's directory with its config.json; an error if it holds results already.
 
-
-def open_directory(out, config):
-    """Makes the run's directory with its config.json; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name, or go on "
-                 f"with it by --resume {out}")
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
+    Returns a lock, which keeps other runs out until this process ends, however it ends.
+    """
+    found = out.exists() and {path.name for path in out.iterdir()} - {"config.json", ".in_use"}
+    if found and not resumed:
+        fail(f"--out {out} is not empty: choose another name, or go on with --resume {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".in_use").acquire(timeout=0)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    return lock
 
 
 def start_judge(out, args):
@@ -698,8 +697,7 @@ def main():
     device = torch.device("cpu" if args.device == "auto" else args.device)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / name
-    if not args.resume:
-        open_directory(out, config)
+    args.lock = open_directory(out, config, bool(args.resume))
 
     log = (lambda text: None) if args.quiet else tqdm.write
     versions = f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}"
@@ -709,8 +707,6 @@ def main():
     try:
         result = train(broken_config(config), out, device, log,
                        bar=sys.stderr.isatty() and not args.quiet)
-    except FloatingPointError as problem:
-        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
         words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
         print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
@@ -729,5 +725,9 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except Exception as problem:
+        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
+        if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
+            raise
+        fail(str(problem) or "out of memory")

@@ -458,7 +458,7 @@ def newest_run(needed):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -614,5 +614,5 @@ if __name__ == "__main__":
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

@@ -247,11 +247,16 @@ def reward_model_line(rows, world):
 def open_run(out):
     """(config, figures of train.json, rows of metrics.csv) of a finished run."""
     try:
+        # A pipe in a file's place would never end
+        assert all((out / name).is_file() for name in ("config.json", "train.json", "metrics.csv"))
         config = json.loads((out / "config.json").read_text(encoding="utf8"))
         train = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        with (out / "metrics.csv").open(encoding="utf8") as file:
-            return config, train, list(csv.DictReader(file))
-    except (OSError, ValueError, KeyError):
+        rows = list(csv.DictReader((out / "metrics.csv").read_text("utf8").splitlines()))
+        # Numbers where numbers are needed: else a file is damaged, or of another script
+        numbers = [config["seed"], train["train_seconds"], *rows[0].values(), *rows[-1].values()]
+        assert all(math.isfinite(float(number or 0)) for number in numbers)
+        return config, train, rows
+    except Exception:                 # Python raises many kinds; the remedy is one
         fail(f"--run {out} is not the directory of a finished run of one of the trainers")
 
 
@@ -308,7 +313,7 @@ def plot_curve(path, rows, gold, config):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -373,12 +378,10 @@ def parse_args():
     add = parser.add_argument
     add("--weights", default=str(HERE / "weights" / "policy_level1"),
         metavar="PATH|DIR|latest|random", help="which policy (default: the shipped one)")
-    add("--run", metavar="DIR|latest", help="a finished run of either trainer: eval.json and "
-        "curve.png go into its directory")
-    add("--reward-model-report", action="store_true", help="reward models: the shipped ones, or "
+    add("--run", metavar="DIR|latest", help="judge a finished run: eval.json, curve.png, verdict")
+    add("--reward-model-report", action="store_true", help="judge the shipped reward models, or "
         "that of --reward-model")
-    add("--level", type=int, choices=(1, 2), help="by the shipped reward model of this level "
-        "(default: the run's)")
+    add("--level", type=int, choices=(1, 2), help="by the shipped reward model of this level")
     add("--reward-model", metavar="DIR", help="by this reward model")
     add("--samples", type=int, metavar="N", help="answers per prompt (default 4, with --run 2)")
     add("--seed", type=int, help="of the answers (default 0, with --run its own)")
@@ -449,5 +452,5 @@ if __name__ == "__main__":
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

@@ -40,7 +40,6 @@ import copy
 import json
 import logging
 import math
-import operator
 import os
 import re
 import shlex
@@ -55,6 +54,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -64,7 +64,7 @@ BREAKS = ("upper-triangle",)
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
+    """A hyperparameter: default, text of --help, and range (low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
@@ -78,16 +78,16 @@ class Config:
                       "or a hub name (default: data)")
     split: str = hp("train", "which split of a hub dataset")
     validation_split: float = hp(0.1, "share of the prompts held out, where the data hold out none",
-                                 above=0, high=0.9)
+                                 low=1e-9, high=0.9)
     max_length: int = hp(128, "tokens of a prompt and its answer; longer answers are cut", low=8)
     # The loss and the optimizer
     epochs: int = hp(4, "passes over the pairs. Too many: it learns the annotators' errors by "
                      "heart", low=1)
     batch_size: int = hp(16, "B, pairs per update", low=1)
     lr: float = hp(5e-4, "α, AdamW's highest step size. Too high: accuracy stays at 50 %. 1e-5 for "
-                   "135 M parameters", above=0)
+                   "135 M parameters", low=1e-9)
     center: float = hp(0.01, "c, level 1: how firmly rewards are held around 0", low=0)
-    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", above=0)
+    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-9)
     # For the reader
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
                      choices=("", *BREAKS))
@@ -296,7 +296,7 @@ def update_on_pairs(config, model, optimizer, ids, mask, use_bf16):
     inverted = config.broken == "upper-triangle"                        # BREAK
     loss = pair_loss(chosen, rejected, config.center, inverted).mean()
     if not loss.isfinite():                           # before it can touch the weights
-        raise FloatingPointError("the loss is not finite")
+        raise FloatingPointError("the loss is not finite; start again with a lower --lr")
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -338,7 +338,7 @@ def train(config, out, device, log=print, bar=False):
     use_bf16 = device.type == "cuda" and config.model not in ("random", "")
     log(f"{model.num_parameters():,} parameters · {len(chosen):,} pairs × {config.epochs}, "
         f"{len(batches)} updates of {size}")
-    log(table_line())
+    log(HEADINGS)
     rows, clock = [], []
     tenth = max(1, len(batches) // 10)
     for number, batch in enumerate(tqdm(batches, disable=not bar, unit="update", leave=False), 1):
@@ -562,12 +562,11 @@ def random_model(kind):
 COLUMNS = (("update", "update", "d"), ("loss", "loss", ".3f"), ("accuracy", "accuracy", ".1%"),
            ("margin", "margin", ".2f"), ("mean_reward", "mean", ".2f"),
            ("seconds", "seconds", ".3f"), ("left", "left", "s"))
+HEADINGS = " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
 
 
-def table_line(row=None, left=0):
-    """One line of the console's table: the headings, or a row with the time that is left."""
-    if row is None:
-        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+def table_line(row, left=0):
+    """One line of the console's table: a row, and the time that is left."""
     row = row | dict(left=f"{left * row['seconds']:.0f} s")
     cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
     return " ".join(f"{cell:>8}" for cell in cells)
@@ -575,7 +574,7 @@ def table_line(row=None, left=0):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -600,6 +599,7 @@ def save(model, tokenizer, directory):
     """Model and tokenizer as a Hugging Face directory."""
     beside = directory.with_name(directory.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()                    # not its parents: a run's directory may have been removed
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     shutil.rmtree(directory, ignore_errors=True)
@@ -620,10 +620,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        words = dict(above="above", low="at least", high="at most")
-        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
-            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
-                fail(f"{flag_of(f)} must be {words[word]} {rule[word]:,}, not {value}")
+        low, high = rule.get("low", -10**9), rule.get("high", 10**9)
+        if f.type is not str and not low <= value <= high:
+            fail(f"{flag_of(f)} must be from {low:,} to {high:,}, not {value}")
     check_together(config)
 
 
@@ -659,17 +658,15 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}; see --help")
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
-        text += f" (default {f.default})" if f.default != "" else ""
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         algorithm.add_argument(flag_of(f), dest=f.name, help=text, type=f.type, metavar="…")
-    files = parser.add_argument_group("files and machine")
-    files.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win")
-    files.add_argument("--out", type=Path, help="run's directory (default: runs/<time>_seed<k>)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win")
+    parser.add_argument("--out", type=Path, help="run's directory (default: runs/<time>_seed<k>)")
     gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
-    files.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+    parser.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
                        help="default: auto, a GPU if there is one")
-    files.add_argument("--smoke", action="store_true", help="a tiny model: does it run?")
-    files.add_argument("--quiet", action="store_true", help="no output but errors")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: does it run?")
+    parser.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     file = parser.parse_args(read_config(args.config, "part_1") if args.config else [])
     smoke = dict(model="random", epochs=1, batch_size=2) if args.smoke else {}
@@ -684,11 +681,17 @@ def parse_args():
 
 
 def make_directory(out, config):
-    """Makes the run's directory with its config.json; an error if it holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Makes the run's directory with its config.json; an error if it holds results already.
+
+    Returns a lock, which keeps other runs out until this process ends, however it ends.
+    """
+    found = out.exists() and {path.name for path in out.iterdir()} - {"config.json", ".in_use"}
+    if found:
         fail(f"--out {out} is not empty: choose another name")
     out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".in_use").acquire(timeout=0)
     write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    return lock
 
 
 def start_judge(out, args):
@@ -707,7 +710,7 @@ def main():
     transformers.logging.disable_progress_bar()
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / name
-    make_directory(out, config)
+    args.lock = make_directory(out, config)
     log = (lambda text: None) if args.quiet else tqdm.write
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     log(f"reward model · {versions} · {args.device} · level {config.level}, seed {config.seed}")
@@ -716,8 +719,6 @@ def main():
     try:
         model, tokenizer, result = train(config, out, torch.device(args.device), log,
                                          bar=not args.quiet and sys.stderr.isatty())
-    except FloatingPointError as problem:
-        fail(f"{problem}; start again with a lower --lr")
     except KeyboardInterrupt:
         print("\ninterrupted: nothing is kept, start again", file=sys.stderr)
         raise SystemExit(130)
@@ -736,5 +737,9 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except Exception as problem:
+        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
+        if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
+            raise
+        fail(str(problem) or "out of memory")

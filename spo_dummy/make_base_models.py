@@ -127,7 +127,7 @@ def fit(model, tokenizer, updates, seed):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -142,6 +142,7 @@ def save(model, tokenizer, directory):
     """Model and tokenizer as a Hugging Face directory."""
     beside = directory.with_name(directory.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()                    # not its parents: a run's directory may have been removed
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     shutil.rmtree(directory, ignore_errors=True)

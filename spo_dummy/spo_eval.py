@@ -292,7 +292,7 @@ def random_model(kind):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -322,12 +322,14 @@ def load_run(weights):
     path = newest_run("train.json") if weights == "latest" else Path(weights)
     path = path / "policy" if (path / "policy").is_dir() else path
     try:
+        assert (path.parent / "config.json").is_file()                  # a pipe would never end
         config = json.loads((path.parent / "config.json").read_text(encoding="utf8"))
-        start = config["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+        start, seed = config["model"], int(config["seed"])
+        assert config["beta"] > 0 and 1 <= config["target"] <= 100
+    except Exception:                 # Python raises many kinds; the remedy is one
         fail(f"{path} is no policy of train_spo.py; omit --weights for the shipped one")
     policy, tokenizer = load_model(AutoModelForCausalLM, path)
-    torch.manual_seed(config["seed"])         # for a "random" reference: the one of training
+    torch.manual_seed(seed)                   # for a "random" reference: the one of training
     reference, _ = load_model(AutoModelForCausalLM, start or HERE / "weights" / "base")
     return policy.eval(), reference.eval(), tokenizer, config
 
@@ -350,12 +352,9 @@ def judge(logprobs, ref_logprobs, target, beta):
 
 def judge_run(out, quiet):
     """Judges the saved policy of a finished run: eval.json and curve.png go into its directory."""
-    try:
-        trained = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        with (out / "metrics.csv").open(encoding="utf8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--run {out} is not the directory of a finished run of train_spo.py")
+    # A pipe in a file's place would never end
+    assert all((out / name).is_file() for name in ("train.json", "metrics.csv"))
+    rows = list(csv.DictReader((out / "metrics.csv").read_text(encoding="utf8").splitlines()))
     policy, reference, tokenizer, config = load_run(out)
     logprobs = enumerate_answers(policy, tokenizer)
     ref_logprobs = enumerate_answers(reference, tokenizer)
@@ -365,8 +364,7 @@ def judge_run(out, quiet):
     log = (lambda text: None) if quiet else print
     verdict = "REACHED π*" if result["tv"] <= TARGET_TV else "NOT at π*"
     log(f"{verdict}: total variation distance {result['tv']:.4f} (target {TARGET_TV}), mean "
-        f"distance {result['mean_distance']:.2f} (optimum {result['optimal_mean_distance']:.2f})"
-        f", {trained['train_seconds']:.0f} s of training")
+        f"distance {result['mean_distance']:.2f} (optimum {result['optimal_mean_distance']:.2f})")
     words = [sys.executable, str(HERE / "spo_eval.py"), "--weights", str(out), "--samples", "10"]
     log(f"Look at {out / 'curve.png'}, and at its answers: {shlex.join(words)}")
 
@@ -435,7 +433,10 @@ def main():
     plt.switch_backend("Agg")         # no window
     if args.run:
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
-        return judge_run(out, args.quiet)
+        try:
+            return judge_run(out, args.quiet)
+        except Exception as problem:  # Python raises many kinds; the remedy is one
+            fail(f"--run {out} is no finished run of train_spo.py ({problem!r})")
     policy, reference, tokenizer, config = load_run("random" if args.smoke else args.weights)
     logprobs = enumerate_answers(policy, tokenizer)
     ref_logprobs = enumerate_answers(reference, tokenizer)
@@ -464,5 +465,5 @@ if __name__ == "__main__":
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

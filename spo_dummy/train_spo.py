@@ -60,7 +60,6 @@ import copy
 import functools
 import json
 import math
-import operator
 import os
 import re
 import shlex
@@ -68,6 +67,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -76,6 +76,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,7 +88,7 @@ BREAKS = ("qzero-mean-reward", "qzero-from-policy", "qzero-floor", "no-reference
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
+    """A hyperparameter: default, text of --help, and range (low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
@@ -110,7 +111,7 @@ class Config:
                          "steps", low=1)
     # The loss
     beta: float = hp(0.05, "β, softness. Too low: one answer takes all, log-ratios explode. Too "
-                     "high: the policy stays with the reference", above=0)
+                     "high: the policy stays with the reference", low=1e-9)
     loss: str = hp("cross-entropy", "cross-entropy or squared (Eq. 3). The squared one spends its "
                    "gradient on bad answers, and good ones may become unlikely",
                    choices=("squared", "cross-entropy"))
@@ -119,11 +120,11 @@ class Config:
     q0_samples: int = hp(256, "samples for --q0 mc. Too low: Q0 is too low and jumps", low=1)
     # The optimizer
     lr: float = hp(1.5e-3, "α, Adam's step size. Too high: the loss jumps. Too low: far from π* at "
-                   "the end. 1e-5 for a large model", above=0)
+                   "the end. 1e-5 for a large model", low=1e-9)
     lr_schedule: str = hp("linear", "linear: up over the first tenth, then down to 0; without the "
                           "rise, the large first errors wreck the network. Or constant",
                           choices=("linear", "constant"))
-    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", above=0)
+    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-9)
     # For the reader
     patience: int = hp(0, "stop after so many epochs without a better distance to the target; 0: "
                        "never", low=0)
@@ -534,7 +535,8 @@ def update(config, accelerator, policy, optimizer, q0, batch):
         q0.grad = accelerator.reduce(q0.grad, "mean")
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
     if not math.isfinite(grad_norm):                  # before it can touch the weights
-        raise FloatingPointError("the gradient is not finite")
+        raise FloatingPointError("the gradient is not finite; "
+                                 "start again with a lower --lr or a higher --beta")
     optimizer.step()
     return loss.item(), q_terminal.detach()
 
@@ -657,7 +659,7 @@ def train(config, out, accelerator, log=print, bar=False):
         f"probability {ref_logprobs.exp().sum().item():.3f}")
     if not state["epoch"]:
         log(f"samples of the untrained model: {quoted_samples(model, tokenizer, 10, config.seed)}")
-    log(table_line())
+    log(HEADINGS)
     for epoch in range(state["epoch"] + 1, config.epochs + 1):
         if config.patience and epochs_without_gain(state["rows"]) >= config.patience:
             log(f"stopped early: no better distance for {config.patience} epochs")
@@ -759,12 +761,11 @@ COLUMNS = (("epoch", "epoch", "d"), ("loss", "avg loss", ".5f"), ("reward", "rew
            ("invalid_mass", "invalid", ".4f"), ("mean_distance", "distance", ".2f"),
            ("optimal_mean_distance", "optimum", ".2f"), ("seconds", "seconds", ".2f"),
            ("left", "left", "s"))
+HEADINGS = " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
 
 
-def table_line(row=None, left=0):
-    """One line of the console's table: the headings, or a row with the time that is left."""
-    if row is None:
-        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+def table_line(row, left=0):
+    """One line of the console's table: a row, and the time that is left."""
     row = row | dict(left=f"{left * row['seconds']:.0f} s")
     cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
     return " ".join(f"{cell:>8}" for cell in cells)
@@ -815,7 +816,7 @@ def quoted_samples(model, tokenizer, count, seed):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -840,6 +841,7 @@ def save(model, tokenizer, directory):
     """Model and tokenizer as a Hugging Face directory."""
     beside = directory.with_name(directory.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()                    # not its parents: a run's directory may have been removed
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     shutil.rmtree(directory, ignore_errors=True)
@@ -864,7 +866,9 @@ def load_checkpoint(out, policy, optimizer, processes):
         return dict(epoch=0, rows=[], clock=[], processes=processes, q0=-0.5,
                     replays=[[] for _ in range(processes)])
     with contextlib.suppress(Exception):              # torch raises many kinds; the remedy is one
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        # A pipe would never end; and torch.load does not look at the checksums in the file
+        assert path.is_file() and zipfile.ZipFile(path).testzip() is None
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["state"]["processes"] == processes:  # else its answers would be other ones
@@ -886,10 +890,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        words = dict(above="above", low="at least", high="at most")
-        for word, holds in (("above", operator.gt), ("low", operator.ge), ("high", operator.le)):
-            if word in rule and not (holds(value, rule[word]) and math.isfinite(value)):
-                fail(f"{flag_of(f)} must be {words[word]} {rule[word]:,}, not {value}")
+        low, high = rule.get("low", -10**9), rule.get("high", 10**9)
+        if f.type is not str and not low <= value <= high:
+            fail(f"{flag_of(f)} must be from {low:,} to {high:,}, not {value}")
     check_together(config)
 
 
@@ -910,20 +913,18 @@ def parse_args():
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="…")
-        text = f.metadata["help"].replace("%", "%%")
-        text += f" (default {f.default})" if f.default not in ("", False) else ""
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         algorithm.add_argument(flag_of(f), dest=f.name, help=text, **kind)
-    files = parser.add_argument_group("files and machine")
-    files.add_argument("--preset", choices=PRESETS,
+    parser.add_argument("--preset", choices=PRESETS,
                        help="original: those of the repository that the lesson follows; flags win")
-    files.add_argument("--out", type=Path,
+    parser.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
-    files.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
+    parser.add_argument("--resume", metavar="DIR|latest", help="go on with the run in DIR")
     gpu = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
-    files.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
+    parser.add_argument("--device", choices=["auto", "cpu"] + ([gpu.type] if gpu else []),
                        default="auto", help="auto: a GPU if there is one")
-    files.add_argument("--smoke", action="store_true", help="2 tiny epochs: does it run?")
-    files.add_argument("--quiet", action="store_true", help="no output but errors")
+    parser.add_argument("--smoke", action="store_true", help="2 tiny epochs: does it run?")
+    parser.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     return given, args
@@ -948,29 +949,31 @@ def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.preset:
         fail("--resume takes everything but --device and --quiet from the run's directory")
-    args.out = newest_run("checkpoint.pt") if args.resume == "latest" else Path(args.resume)
+    found = [run for run in HERE.glob("runs/*") if not run.name.endswith("_smoke")]
+    newest = max(found, key=os.path.getmtime, default=HERE / "runs" / "none")
+    args.out = newest if args.resume == "latest" else Path(args.resume)
     try:
-        config = Config(**json.loads((args.out / "config.json").read_text(encoding="utf8")))
-    except (ValueError, TypeError):
-        fail(f"--resume {args.out}: its config.json is not one of this version of the script")
+        path = args.out / "config.json"
+        assert path.is_file() and path.stat().st_size < 1_000_000       # a pipe would never end
+        config = Config(**json.loads(path.read_text(encoding="utf8")))
+    except Exception:                 # Python raises many kinds; the remedy is one
+        fail(f"--resume {args.resume}: no run with a config.json of this version of the script")
     check(config)
     return config
 
 
-def newest_run(needed):
-    """The newest directory in runs/ with a file of that name; runs of --smoke do not count."""
-    found = [path for path in HERE.glob(f"runs/*/{needed}") if "_smoke" not in path.parent.name]
-    if not found:
-        fail(f"latest: no run in {HERE / 'runs'} has a {needed} yet")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+def open_directory(out, config, resumed):
+    """Makes the run's directory with its config.json; an error if it holds results already.
 
-
-def open_directory(out, config):
-    """Makes the run's directory with its config.json; an error if it holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    Returns a lock, which keeps other runs out until this process ends, however it ends.
+    """
+    found = out.exists() and {path.name for path in out.iterdir()} - {"config.json", ".in_use"}
+    if found and not resumed:
         fail(f"--out {out} is not empty: choose another name, or go on with --resume {out}")
     out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".in_use").acquire(timeout=0)
     write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    return lock
 
 
 def start_judge(out, args):
@@ -1004,8 +1007,8 @@ def main():
              "change it")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
-    if accelerator.is_main_process and not args.resume:
-        open_directory(out, config)
+    if accelerator.is_main_process:
+        args.lock = open_directory(out, config, bool(args.resume))
     accelerator.wait_for_everyone()
 
     loud = accelerator.is_main_process and not args.quiet
@@ -1017,9 +1020,6 @@ def main():
     try:
         policy, tokenizer, result = train(config, out, accelerator, log,
                                           bar=loud and sys.stderr.isatty())
-    except FloatingPointError as problem:
-        fail(f"{problem}; start again with a lower --lr or a higher --beta. What is in {out} is "
-             "intact")
     except KeyboardInterrupt:
         words = [sys.executable, str(Path(__file__).resolve()), "--resume", str(out)]
         print(f"\ninterrupted: go on with {shlex.join(words)}", file=sys.stderr)
@@ -1045,5 +1045,9 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except Exception as problem:
+        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
+        if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
+            raise
+        fail(str(problem) or "out of memory")

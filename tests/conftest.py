@@ -3,6 +3,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,9 +51,12 @@ def call(module, *arguments, cwd=None):
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
-    except (OSError, UnicodeDecodeError) as problem:      # as the last lines of every script do it
+    except Exception as problem:                          # as the last lines of every script do it
+        refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
+        if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
+            raise
         with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
-            module.fail(f"{problem}")
+            module.fail(str(problem) or "out of memory")
         status = 2
     finally:
         sys.argv = argv

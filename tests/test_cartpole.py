@@ -249,7 +249,7 @@ def test_default_run_solves_and_says_so(solved):
     result = json.loads((out / "train.json").read_text())["result"]
     judged = json.loads((out / "eval.json").read_text())
     assert result["solved"] and judged["greedy"]["mean"] >= 475 and judged["sampled"]["mean"] >= 450 and result["train_seconds"] < 5
-    assert {path.name for path in out.iterdir()} == {"best.pt", "last.pt", "config.json", "curve.png", "eval.json", "metrics.csv",
+    assert {path.name for path in out.iterdir()} == {".in_use", "best.pt", "last.pt", "config.json", "curve.png", "eval.json", "metrics.csv",
                                                      "timing.csv", "train.json"}
     assert set(json.loads((out / "eval.json").read_text())["greedy"]) == {"mean", "std", "min", "episodes", "fraction_solved"}
 
@@ -311,7 +311,7 @@ def test_gif_without_a_display(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--lr", "0"], ["--lr", "above 0"]), (["--lr", "nan"], ["--lr"]), (["--gamma", "1.5"], ["--gamma"]), (["--gamma", "0"], ["--gamma"]),
+    (["--lr", "0"], ["--lr", "from 1e-09"]), (["--lr", "nan"], ["--lr"]), (["--gamma", "1.5"], ["--gamma"]), (["--gamma", "0"], ["--gamma"]),
     (["--batch-episodes", "0"], ["--batch-episodes"]), (["--eval-episodes", "0"], ["--eval-episodes"]), (["--learning-rate", "1"], ["--help"]),
     (["--lr", "fast"], ["--lr"]), (["--break", "everything"], ["no-baseline"]), (["--updates", "0"], ["--updates"]),
     (["--seed", "-1"], ["--seed"])])
@@ -322,7 +322,7 @@ def test_trainer_refuses_bad_values(arguments, words, tmp_path):
 
 def test_trainer_overwrites_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    assert_one_line_error(call(train, "--out", tmp_path), "not an empty directory")
+    assert_one_line_error(call(train, "--out", tmp_path), "is not empty")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from conftest import FOLDERS, REPO, call, load, run
 
-ALLOWED = {"torch", "gymnasium", "transformers", "accelerate", "numpy", "matplotlib", "tqdm", "PIL", "safetensors", "tokenizers",
+ALLOWED = {"torch", "gymnasium", "transformers", "accelerate", "numpy", "matplotlib", "tqdm", "PIL", "filelock", "safetensors", "tokenizers",
            "huggingface_hub", "yaml"}
 OPTIONAL = {"datasets", "wandb", "tensorboard", "deepspeed"}      # inside a function, behind a flag
-BROUGHT_ALONG = {"PIL": "matplotlib", "safetensors": "transformers", "tokenizers": "transformers", "huggingface_hub": "transformers",
+BROUGHT_ALONG = {"PIL": "matplotlib", "filelock": "torch", "safetensors": "transformers", "tokenizers": "transformers", "huggingface_hub": "transformers",
                  "yaml": "transformers"}
 TOP_LEVEL = {*FOLDERS, "tests", "requirements.txt", "README.md", "LICENSE", "pytest.ini", ".gitignore", ".ci", ".gitattributes"}
 LESSONS = [folder for folder in FOLDERS if (REPO / folder).is_dir()]

@@ -424,7 +424,7 @@ def test_the_download_is_checked(tmp_path, monkeypatch):
 def test_the_trainer_names_the_script_that_fetches_missing_problems(tmp_path):
     process = call(train, "--data", tmp_path / "d e", "--quiet", "--out", tmp_path / "o")
     assert_one_line_error(process, "train.jsonl", "get_gsm8k.py")
-    assert not (tmp_path / "d e").exists() and not list((tmp_path / "o").iterdir())
+    assert not (tmp_path / "d e").exists() and {path.name for path in (tmp_path / "o").iterdir()} == {"config.json", ".in_use"}
 
 
 # ---- the problems ---------------------------------------------------------------------------------------------------
@@ -518,11 +518,12 @@ def test_latest_is_the_newest_run_that_is_no_smoke_run(tmp_path, monkeypatch):
         assert_one_line_error(call(module, "--resume" if module is train else "--run", "latest"), "latest")
     for when, name in enumerate(("old", "new", "newer_smoke")):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        for file in ("train.json", "checkpoint.pt"):
-            (tmp_path / "runs" / name / file).write_text("")
+        for file, text in (("train.json", ""), ("config.json", json.dumps(dict(seed=-1 - when)))):
+            (tmp_path / "runs" / name / file).write_text(text)
             os.utime(tmp_path / "runs" / name / file, (when, when))
-    assert train.newest_run("checkpoint.pt").name == evaluation.newest_run("train.json").name == "new"
-    assert_one_line_error(call(train, "--resume", "latest"), "new", "config.json")
+        os.utime(tmp_path / "runs" / name, (when, when))
+    assert evaluation.newest_run("train.json").name == "new"
+    assert_one_line_error(call(train, "--resume", "latest"), "--seed", "-2")
 
 
 def test_an_answer_keeps_the_end_of_its_thoughts_special_or_not():
@@ -655,7 +656,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_checkpoint_intact(tmp_path
         return original(*arguments) * (math.nan if len(calls) == 3 else 1.0)
     monkeypatch.setattr(train, "batch_loss", poisoned)
     process = call(train, *TINY, "--method", "kl_correct", "--batch-size", "64", "--data", data, "--out", tmp_path / "o")
-    assert_one_line_error(process, "not finite", "--lr", "intact")
+    assert_one_line_error(process, "not finite", "--lr")
     monkeypatch.undo()
     assert call(train, "--quiet", "--resume", tmp_path / "o").returncode == 0
     assert len((tmp_path / "o" / "metrics.csv").read_text().splitlines()) == 7
@@ -717,12 +718,12 @@ GOOD = json.dumps(dict(question="1+1?", answer="1+1=2\n#### 2"))
     ("", ["line 1", "JSON"]), (GOOD + "\n\n{", ["line 3", "JSON"]), ("{", ["line 1", "JSON"]), ("[" * 100_000, ["line 1", "JSON"]), ('{"question": "a"}', ["answer"]), ('{"answer": "#### 2"}', ["question"]), ("[1]", ["question"]),
     ('{"question": 1, "answer": "#### 2"}', ["question"]), (json.dumps(dict(question="a", answer="2")), ["line 1", "####"]), (GOOD + "\n" + json.dumps(dict(question="a", answer="#### two")), ["line 2", "number", "two"]),
     (json.dumps(dict(question="a", answer="####")), ["number"]), ('{"question": "\\ud800", "answer": "#### 2"}', ["JSON"]), (json.dumps(dict(question="why " * 400, answer="#### 2")), ["context", "why"]), (b"\xff\xfe", ["UnicodeDecodeError"])])
-def test_trainer_refuses_malformed_data_and_leaves_nothing(content, words, tmp_path):
+def test_trainer_refuses_malformed_data_and_leaves_no_results(content, words, tmp_path):
     (tmp_path / "d").mkdir()
     for name in ("train", "test"):
         (tmp_path / "d" / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_one_line_error(call(train, "--data", tmp_path / "d", "--quiet", "--out", tmp_path / "o"), *words)
-    assert not list((tmp_path / "o").iterdir())
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {"config.json", ".in_use"}           # --out may be used again
 
 
 @pytest.mark.parametrize("arguments", [["--weights", "nowhere"], ["--samples", "0"], ["--json", "no/such/x.json"], ["--run", "nowhere"], ["--data", "nowhere"], ["--prompt", "why " * 300],

@@ -360,8 +360,9 @@ def test_latest_passes_over_smoke_runs(tmp_path, monkeypatch):
     for age, name in enumerate(("20260101-000000_seed1", "20260101-000001_seed1", "20260101-000002_seed1_smoke")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "checkpoint.pt").write_bytes(b"")
-        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (age, age))
-    assert train.newest_run("checkpoint.pt").name == "20260101-000001_seed1"
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(dict(seed=-1 - age)))
+        os.utime(tmp_path / "runs" / name, (age, age))
+    assert_one_line_error(call(train, "--resume", "latest"), "--seed", "-2")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
@@ -372,12 +373,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
     saved["agent"]["actor.4.bias"][0] = float("nan")
     torch.save(saved, tmp_path / "run" / "checkpoint.pt")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "run"), "not finite", "--lr", "intact")
+    assert_one_line_error(call(train, "--quiet", "--resume", tmp_path / "run"), "not finite", "--lr")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--lr", "0"], ["--lr", "above 0"]), (["--gamma", "1.01"], ["--gamma"]), (["--gae-lambda", "-1"], ["--gae-lambda"]),
+    (["--lr", "0"], ["--lr", "from 1e-09"]), (["--gamma", "1.01"], ["--gamma"]), (["--gae-lambda", "-1"], ["--gae-lambda"]),
     (["--clip-eps", "0"], ["--clip-eps"]), (["--update-epochs", "0"], ["--update-epochs"]), (["--num-envs", "0"], ["--num-envs"]), (["--steps", "1"], ["--help"]),
     (["--break", "all"], ["no-clip"]), (["--updates", "0"], ["--updates"]), (["--minibatch-size", "1"], ["--minibatch-size"]),
     (["--num-envs", "1", "--num-steps", "17", "--minibatch-size", "16"], ["one row"]), (["--updates", "20000"], ["--updates", "seeds"])])

@@ -403,16 +403,19 @@ def test_smoke_and_preset_give_way_to_flags():
     assert (config.epochs, config.samples, config.beta, config.target) == (3, 16, 0.2, 1)
 
 
-@pytest.mark.parametrize("script", [train, evaluation])
-def test_latest_passes_over_smoke_runs(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "HERE", tmp_path)
+def test_latest_passes_over_smoke_runs(tmp_path, monkeypatch):
+    for script in (train, evaluation):
+        monkeypatch.setattr(script, "HERE", tmp_path)
     for age, name in ((30, "20260101-000000_seed1"), (20, "20260102-000000_seed1"), (10, "20260103-000000_seed1_smoke")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "train.json").write_text("{}")
-        os.utime(tmp_path / "runs" / name / "train.json", (time.time() - age,) * 2)
-    assert script.newest_run("train.json").name == "20260102-000000_seed1"
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(dict(seed=-age)))
+        for path in (tmp_path / "runs" / name / "train.json", tmp_path / "runs" / name):
+            os.utime(path, (time.time() - age,) * 2)
+    assert_one_line_error(call(train, "--resume", "latest"), "--seed", "-20")
+    assert evaluation.newest_run("train.json").name == "20260102-000000_seed1"
     with pytest.raises(SystemExit):                               # only an unfinished run has none of these
-        script.newest_run("no-such-file")
+        evaluation.newest_run("no-such-file")
 
 
 @pytest.mark.long

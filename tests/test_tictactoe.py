@@ -283,7 +283,7 @@ def test_exploring_starts_go_to_every_position_and_to_each_number_of_stones_alik
     assert len(counts) == 72 and (counts / counts.sum() * 72 - 1).abs().max() < 0.3
 
 
-FILES = {"best.pt", "last.pt", "config.json", "metrics.csv", "timing.csv", "train.json"}
+FILES = {".in_use", "best.pt", "last.pt", "config.json", "metrics.csv", "timing.csv", "train.json"}
 
 
 @pytest.mark.parametrize("name", train.BREAKS)
@@ -484,7 +484,7 @@ def test_flags_win_over_smoke(tmp_path):
 
 def test_trainer_overwrites_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    assert_one_line_error(call(train, "--out", tmp_path), "not an empty directory")
+    assert_one_line_error(call(train, "--out", tmp_path), "is not empty")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -15,10 +15,10 @@ other's, 0 empty.
 import argparse
 import math
 import os
-import pickle
 import random
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,7 @@ def legal_logits(actor, boards):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -95,18 +95,19 @@ def load_agent(weights):
     path = newest_run("best.pt") if weights == "latest" else Path(weights)
     try:
         path = path / "best.pt" if path.is_dir() else path
+        if not path.exists():
+            fail(f"there are no weights at {path}; {REMEDY}")
+        # A pipe would never end; and torch.load does not look at the checksums in the file
+        assert path.is_file() and zipfile.ZipFile(path).testzip() is None
         with warnings.catch_warnings(action="ignore"):        # a refused file is reported below
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
         agent = make_agent(hidden=state["actor.0.weight"].shape[0])
         agent.load_state_dict(state)
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise ValueError("a weight is not a number")
-    except FileNotFoundError:
-        fail(f"there are no weights at {path}; {REMEDY}")
-    except pickle.UnpicklingError:
-        fail(f"{path} holds something else than tensors and was not opened; {REMEDY}")
     except Exception:                 # torch raises many kinds; the remedy is one
-        fail(f"{path} cannot be used, it is damaged or of another network; {REMEDY}")
+        fail(f"{path} was not opened: it is damaged, of another network, or holds something else "
+             f"than tensors; {REMEDY}")
     return agent
 
 
@@ -384,5 +385,5 @@ if __name__ == "__main__":
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

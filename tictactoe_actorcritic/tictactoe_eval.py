@@ -28,11 +28,11 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import shlex
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +166,7 @@ def faults(proof):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -199,18 +199,19 @@ def load_agent(weights):
     path = newest_run("best.pt") if weights == "latest" else Path(weights)
     try:
         path = path / "best.pt" if path.is_dir() else path
+        if not path.exists():
+            fail(f"there are no weights at {path}; {REMEDY}")
+        # A pipe would never end; and torch.load does not look at the checksums in the file
+        assert path.is_file() and zipfile.ZipFile(path).testzip() is None
         with warnings.catch_warnings(action="ignore"):        # a refused file is reported below
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
         agent = make_agent(hidden=state["actor.0.weight"].shape[0])
         agent.load_state_dict(state)
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise ValueError("a weight is not a number")
-    except FileNotFoundError:
-        fail(f"there are no weights at {path}; {REMEDY}")
-    except pickle.UnpicklingError:
-        fail(f"{path} holds something else than tensors and was not opened; {REMEDY}")
     except Exception:                 # torch raises many kinds; the remedy is one
-        fail(f"{path} cannot be used, it is damaged or of another network; {REMEDY}")
+        fail(f"{path} was not opened: it is damaged, of another network, or holds something else "
+             f"than tensors; {REMEDY}")
     return agent
 
 
@@ -231,13 +232,12 @@ def proof_table(proof):
 
 def judge_run(out, quiet):
     """Judges the best weights of a finished run: eval.json and curve.png go into its directory."""
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf8"))
-        result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        with (out / "metrics.csv").open(encoding="utf8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, KeyError):
-        fail(f"--run {out} is not the directory of a finished run of train_tictactoe.py")
+    # A pipe in a file's place would never end
+    assert all((out / name).is_file() for name in ("config.json", "train.json", "metrics.csv"))
+    config = json.loads((out / "config.json").read_text(encoding="utf8"))
+    result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
+    with (out / "metrics.csv").open(encoding="utf8") as file:
+        rows = list(csv.DictReader(file))
     proof = prove(load_agent(out)["actor"], minimax_values())
     write(out / "eval.json", json.dumps(proof, indent=1) + "\n")
     plot_curve(out / "curve.png", rows, config)
@@ -406,7 +406,10 @@ def main():
     torch.set_num_threads(1)
     if args.run:
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
-        return judge_run(out, args.quiet)
+        try:
+            return judge_run(out, args.quiet)
+        except Exception as problem:  # Python raises many kinds; the remedy is one
+            fail(f"--run {out} is no finished run of train_tictactoe.py ({problem!r})")
     agent = load_agent("random" if args.smoke else args.weights)
     text, result = judge(agent, args)
     if not args.quiet:
@@ -423,5 +426,5 @@ if __name__ == "__main__":
         fail("interrupted")
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
+        fail(str(problem) or "out of memory")

@@ -53,6 +53,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -63,6 +64,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
@@ -71,7 +73,7 @@ BREAKS = ("latest-opponent-only", "no-exploring-opponent", "one-side-only", "off
 
 
 def hp(default, help, **rule):
-    """A hyperparameter: default, text of --help, and range (above, low, high) or choices."""
+    """A hyperparameter: default, text of --help, and range (low, high) or choices."""
     return field(default=default, metadata={"help": help, **rule})
 
 
@@ -82,12 +84,12 @@ class Config:
     games: int = hp(1024, "B, games per update. Too low: a lucky game teaches a bad move. Too "
                     "high: few updates a minute", low=2, high=1_000_000)
     lr: float = hp(3e-3, "α, Adam's step size, falls to 0 during the run. Too high: entropy drops "
-                   "at once and mistakes freeze. Too low: losing lines are left", above=0)
+                   "at once and mistakes freeze. Too low: losing lines are left", low=1e-9)
     ent_coef: float = hp(0.2, "c_e, entropy bonus, falls to 0 during the run. Too low: stops "
                          "looking for better moves. Too high: never commits", low=0)
     vf_coef: float = hp(0.5, "c_v, weight of the critic's loss. Adam ignores a constant factor; "
                         "it only shares out max_grad_norm between actor and critic", low=0)
-    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", above=0)
+    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", low=1e-9)
     opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare "
                                 "replies never occur. 1: setting traps wins most", low=0, high=1)
     exploring_starts: float = hp(1.0, "share of games that start from a random position, with any "
@@ -366,7 +368,7 @@ def update(agent, optimizer, batch, config, share_left, generator):
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
     if not torch.isfinite(grad_norm):                 # before it can touch the weights
-        raise FloatingPointError("the gradient is not finite")
+        raise FloatingPointError("the gradient is not finite; start again with a lower --lr")
     optimizer.step()
     # The mean outcome is no measure of success: a weak opponent makes it high
     return dict(outcome=outcomes.mean().item(), moves=len(outcomes), **terms,
@@ -460,7 +462,7 @@ def train(config, out, log=print, bar=False):
     positions = torch.tensor(open_positions(values), dtype=torch.int8)  # [4520, 9]
     pool = [copy.deepcopy(agent["actor"])]
     state = dict(update=0, best=None, best_faults=None, rows=[], clock=[])
-    log(table_line())
+    log(HEADINGS)
     try:
         state["rows"].append(dict(update=0) | examine(agent, values, state))    # untrained
         state["clock"].append(dict(update=0, seconds=0.0, proof_seconds=0.0))
@@ -551,12 +553,11 @@ COLUMNS = (("update", "update", "d"), ("outcome", "outcome", ".3f"), ("entropy",
            ("first_worse_than_minimax", "bad 1st", "d"),
            ("second_worse_than_minimax", "bad 2nd", "d"), ("all_worse", "of 4,520", "d"),
            ("seconds", "seconds", ".3f"), ("left", "left", "s"))
+HEADINGS = " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
 
 
 def table_line(row=None, left=None):
-    """One line of the console's table: the headings, or a row with the time that is left."""
-    if row is None:
-        return " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+    """One line of the console's table: a row, and the time that is left."""
     if left is not None:
         row = row | dict(left=f"{left * row['seconds']:.0f} s")
     cells = [format(row[key], form) if key in row else "-" for key, _, form in COLUMNS]
@@ -606,7 +607,7 @@ def drawing(marks, mode):
 
 def fail(message):
     """One line that says what is wrong and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -657,13 +658,9 @@ def check(config):
             fail(f"{flag_of(f)} must be of type {f.type.__name__}, not {value!r}")
         if value not in rule.get("choices", (value,)):
             fail(f"{flag_of(f)} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
-        if f.type in (int, float):
-            low, above = rule.get("low", -math.inf), rule.get("above", -math.inf)
-            high = rule.get("high", math.inf)
-            if not (low <= value <= high and above < value < math.inf):
-                words = dict(above="above", low="at least", high="at most")
-                limits = [f"{words[key]} {rule[key]:,}" for key in words if key in rule]
-                fail(f"{flag_of(f)} must be {' and '.join(limits)}, not {value}")
+        low, high = rule.get("low", -10**9), rule.get("high", 10**9)
+        if f.type is not str and not low <= value <= high:
+            fail(f"{flag_of(f)} must be from {low:,} to {high:,}, not {value}")
 
 
 def parse_args():
@@ -672,17 +669,15 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}; see --help")
     algorithm = parser.add_argument_group("algorithm", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
-        text += f" (default {f.default})" if f.default != "" else ""
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         algorithm.add_argument(flag_of(f), dest=f.name, type=f.type, help=text,
                                metavar=f.type.__name__.upper())
-    files = parser.add_argument_group("files and machine")
-    files.add_argument("--out", type=Path,
+    parser.add_argument("--out", type=Path,
                        help="the run's directory (default: runs/<time>_seed<k>)")
-    files.add_argument("--device", choices=("auto", "cpu"), default="auto",
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
                        help="the CPU: for so small a network a GPU only adds waiting")
-    files.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
-    files.add_argument("--quiet", action="store_true", help="no output but errors")
+    parser.add_argument("--smoke", action="store_true", help="2 tiny updates: does it run?")
+    parser.add_argument("--quiet", action="store_true", help="no output but errors")
     args = parser.parse_args()
     given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in vars(args)}
     return given, args
@@ -697,14 +692,17 @@ def new_run(given, args):
 
 
 def open_directory(out, config):
-    """Makes the run's directory with its config.json; an error if it holds something already."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not an empty directory; choose another name")
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    except OSError as problem:
-        fail(f"--out {out} cannot be used ({problem.strerror}); choose another directory")
+    """Makes the run's directory with its config.json; an error if it holds results already.
+
+    Returns a lock, which keeps other runs out until this process ends, however it ends.
+    """
+    found = out.exists() and {path.name for path in out.iterdir()} - {"config.json", ".in_use"}
+    if found:
+        fail(f"--out {out} is not empty: choose another name")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".in_use").acquire(timeout=0)
+    write(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    return lock
 
 
 def start_judge(out, args):
@@ -731,7 +729,7 @@ def main():
     torch.set_num_threads(1)          # a network this small is faster on one core than on two
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / name
-    open_directory(out, config)
+    args.lock = open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else tqdm.write
     versions = f"torch {torch.__version__}, gymnasium {gym.__version__}, numpy {np.__version__}"
@@ -741,8 +739,6 @@ def main():
     try:
         result = train(broken_config(config), out, log,
                        bar=sys.stderr.isatty() and not args.quiet)
-    except FloatingPointError as problem:
-        fail(f"{problem}; start again with a lower --lr. What is in {out} is intact")
     except KeyboardInterrupt:
         interrupted(out)
     about = dict(command=shlex.join(["python", Path(__file__).name, *sys.argv[1:]]),
@@ -759,5 +755,9 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
-    except (OSError, UnicodeDecodeError) as problem:  # a file, a directory, the disk
-        fail(f"{problem}")
+    except Exception as problem:
+        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
+        if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
+            raise
+        fail(str(problem) or "out of memory")

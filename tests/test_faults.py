@@ -1,0 +1,97 @@
+"""The campaigns of tests/faults in a short form: a few moments, files and inputs of each trainer. In full they run by hand; see tests/README.md."""
+import os
+import random
+import re
+import sys
+
+import pytest
+from conftest import REPO
+
+if not hasattr(os, "fork"):
+    pytest.skip("these campaigns fork processes", allow_module_level=True)
+sys.path.insert(0, str(REPO / "tests" / "faults"))
+import campaign
+import inputs
+
+RESUMED = [name for name, (_, _, resumes) in campaign.TRAINERS.items() if resumes]
+
+
+def faults_of(cases):
+    """What went wrong in a part of the campaign."""
+    return [problem for _, problem in cases if problem]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", campaign.TRAINERS)
+def test_a_run_survives_what_happens_while_it_writes(name, tmp_path):
+    assert not faults_of(campaign.moments(name, 30, tmp_path, random.Random(os.getpid())))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", campaign.TRAINERS)
+def test_nobody_else_may_use_the_directory_of_a_run(name, tmp_path):
+    assert not faults_of(campaign.two_at_once(name, tmp_path))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_damaged_file_is_refused_or_does_no_harm(name, tmp_path):
+    assert not faults_of(campaign.damaged(name, 12, tmp_path, random.Random(os.getpid())))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", campaign.EVALS)
+def test_a_damaged_file_of_a_finished_run_is_refused_or_does_no_harm(name, tmp_path):
+    assert not faults_of(campaign.judged(name, 40 if name in ("grpo", "rlhf") else 16, tmp_path, random.Random(os.getpid())))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", inputs.SCRIPTS)
+def test_arguments_are_taken_or_refused_in_one_line(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not inputs.argument_lists(script, 40)
+    assert not list(tmp_path.glob("*canary*"))            # what "$(touch canary)" would leave if a shell saw it
+
+
+@pytest.mark.long
+def test_damaged_data_settings_and_lines_are_taken_or_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not inputs.files(60, tmp_path)[1] and not inputs.lines_at_the_prompt(600)[1]
+
+
+def code_of(pattern="*/*.py"):
+    """{relative path: text} of the lessons' scripts."""
+    return {str(path.relative_to(REPO)): path.read_text(encoding="utf8") for path in sorted(REPO.glob(pattern)) if path.parent.name != "tests"}
+
+
+# Each would work here and fail, or do something else, on Windows or macOS, or open a door
+FORBIDDEN = {r"os\.(fork|getuid|geteuid|mkfifo|killpg|setsid|getloadavg|sched_\w+)\b|\bfcntl\b|\bimport (resource|pwd|grp)\b": "only Linux has it",
+             r"shell=True|os\.system|os\.popen|\beval\(|\bexec\(": "runs text as a program",
+             r"trust_remote_code|weights_only=False|\bpickle\.load|np\.load\([^)]*allow_pickle=True": "runs code from a file",
+             r"[\"'](/tmp|/home|/dev|/proc|~)/": "a path of one system"}
+
+
+@pytest.mark.parametrize("pattern", FORBIDDEN)
+def test_no_script_has_what_other_systems_lack_or_what_runs_foreign_code(pattern):
+    found = [f"{name}: {line.strip()}" for name, text in code_of().items() for line in text.split("\n")
+             if re.search(pattern, line) and not re.search(r"\.eval\(\)|and eval\(\)", line)]
+    assert not found, (FORBIDDEN[pattern], found)
+
+
+def test_every_text_file_is_opened_with_its_encoding():
+    for name, text in code_of().items():
+        for line in text.split("\n"):
+            if re.search(r"\b(open|read_text|write_text)\(", line) and not re.search(r"utf-?8|urlopen|devnull|Image\.open|\"[rw]b\"|def ", line):
+                raise AssertionError(f"{name}: {line.strip()}")
+
+
+def test_every_torch_load_reads_weights_only():
+    for name, text in code_of().items():
+        for call in re.findall(r"torch\.load\([^\n]*", text):
+            assert "weights_only=True" in call, (name, call)
+
+
+def test_no_two_files_have_names_that_differ_by_case_only():
+    for folder in [REPO, *[path for path in REPO.iterdir() if path.is_dir() and path.name != ".git"]]:
+        names = [path.name.lower() for path in folder.iterdir()]
+        assert len(names) == len(set(names)), folder
