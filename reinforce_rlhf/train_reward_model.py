@@ -317,7 +317,8 @@ def train(config, out, device, log=print, bar=False):
 
     Returns (model, tokenizer, figures for train.json).
     """
-    if config.model == "random":      # --smoke without weights: a tiny model, made-up pairs
+    torch.manual_seed(config.seed)
+    if config.model == "random":      # --smoke: a tiny random model, made-up pairs
         pairs, held_out, prompts = toy_data()
     else:
         pairs, held_out, prompts = load_data(config.dataset, config.split, config.validation_split,

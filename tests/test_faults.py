@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, run
 
 if not hasattr(os, "fork"):
     pytest.skip("these campaigns fork processes", allow_module_level=True)
@@ -31,6 +31,25 @@ def test_a_run_survives_what_happens_while_it_writes(name, tmp_path):
 @pytest.mark.parametrize("name", campaign.TRAINERS)
 def test_nobody_else_may_use_the_directory_of_a_run(name, tmp_path):
     assert not faults_of(campaign.two_at_once(name, tmp_path))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", campaign.TRAINERS)
+def test_same_seed_same_bytes_whatever_the_surroundings(name, tmp_path):
+    script, flags, _ = campaign.TRAINERS[name]
+    surroundings = (dict(PYTHONHASHSEED="1", LC_ALL="C", TZ="UTC"), dict(PYTHONHASHSEED="2", LC_ALL="C.UTF-8", TZ="Pacific/Apia", PYTHONUTF8="0"))
+    for number, env in enumerate(surroundings):
+        (tmp_path / f"elsewhere {number}").mkdir()
+        process = run(REPO / script, *flags, "--out", tmp_path / str(number), cwd=tmp_path / f"elsewhere {number}", env=env)
+        assert process.returncode == 0, process.stderr
+        assert not list((tmp_path / f"elsewhere {number}").iterdir())
+    assert not campaign.differences(tmp_path / "1", campaign.contents(tmp_path / "0"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", campaign.TRAINERS)
+def test_a_clock_that_goes_backwards_changes_nothing(name, tmp_path):
+    assert not faults_of(campaign.clock(name, tmp_path))
 
 
 @pytest.mark.long

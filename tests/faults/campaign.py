@@ -10,6 +10,7 @@ Works where processes can be forked (Linux, macOS).
 """
 import argparse
 import errno
+import functools
 import io
 import itertools
 import json
@@ -52,7 +53,7 @@ TRAINERS = {
 EVALS = {"cartpole": "cartpole_reinforce/cartpole_eval.py", "tictactoe": "tictactoe_actorcritic/tictactoe_eval.py",
          "lunarlander": "lunarlander_ppo/lunarlander_eval.py", "spo": "spo_dummy/spo_eval.py", "grpo": "grpo_lm/grpo_eval.py",
          "rlhf": "reinforce_rlhf/reinforce_rlhf_eval.py", "kl_bernoulli": "kl_bernoulli_gsm8k/kl_bernoulli_eval.py"}
-PARTS = ("moments", "two", "damaged", "judged")
+PARTS = ("moments", "two", "clock", "damaged", "judged")
 KINDS = ("killed before", "killed in the middle", "disk full", "read-only", "directory gone")
 CLOCK = {"timing.csv", "train.json", "checkpoint.pt", ".in_use"}        # what may differ between two equal runs
 TIMEOUT = 120
@@ -96,6 +97,9 @@ class Faults:
                     torch=torch.save, model=transformers.PreTrainedModel.save_pretrained,
                     tokenizer=transformers.PreTrainedTokenizerBase.save_pretrained)
         nothing = lambda: None
+        if self.kind == "clock goes back":
+            for clock in ("time", "perf_counter", "monotonic"):
+                setattr(time, clock, functools.partial(lambda state: state.append(state[-1] - 1.5) or state[-1], [1.7e9]))
 
         def write_bytes(path, content):
             self.operation(path, lambda: real["write"](path, content[:len(content) // 2]))
@@ -285,6 +289,16 @@ def two_at_once(name, work):
     yield "two at once", problem and f"{name}, the first of two: {problem}"
 
 
+def clock(name, work):
+    """A run during which the clock goes backwards. Yields (kind, what went wrong or "")."""
+    script, flags, _ = TRAINERS[name]
+    for out, kind in ((work / "whole", None), (work / "out", "clock goes back")):
+        status, output = run(script, [*flags, "--out", out], work / "log", Faults(out, None, kind))
+        assert status == 0 or kind, output
+    problem = output[-300:] if status else differences(work / "out", contents(work / "whole"))
+    yield "clock goes back", problem and f"{name}, clock goes back: {problem}"
+
+
 # ---- damaged files ----------------------------------------------------------------------------------
 
 class Hostile:
@@ -427,7 +441,7 @@ def main():
     for name in args.only:
         with tempfile.TemporaryDirectory() as work:
             work, rng, resumes = Path(work), random.Random(args.seed), TRAINERS[name][2]
-            cases = dict(moments=moments(name, args.every, work / "moments", rng), two=two_at_once(name, work / "two"))
+            cases = dict(moments=moments(name, args.every, work / "moments", rng), two=two_at_once(name, work / "two"), clock=clock(name, work / "clock"))
             cases |= dict(damaged=damaged(name, args.every, work / "damaged", rng)) if resumes else {}
             cases |= dict(judged=judged(name, args.every, work / "judged", rng)) if name in EVALS else {}
             for part in cases:
