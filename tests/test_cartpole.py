@@ -232,6 +232,103 @@ def test_actions_are_samples_of_the_softmax():
     assert abs(right - total * p) < 4 * (total * p * (1 - p)) ** 0.5
 
 
+# ---- the training loop ----------------------------------------------------------------------------------------------
+
+def watched_run(out, monkeypatch, solved_at=None):
+    """Four updates of five episodes, each batch worth a check. Returns (result, rows, batches, checks, policies before each batch)."""
+    batches, checks, policies, collect = [], [], [], train.collect
+
+    def watched(envs, policy, generator):
+        policies.append(train.copy_of_weights(policy))
+        batches.append(collect(envs, policy, generator))
+        return batches[-1]
+
+    def evaluate(policy, episodes, seed):
+        checks.append((episodes, seed))
+        mean = 500.0 if len(checks) == solved_at else 499.0
+        return dict(greedy=dict(mean=mean), sampled=dict(mean=480.0))
+
+    monkeypatch.setattr(train, "collect", watched)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "SAMPLED_TARGET", 5.0)             # every batch reaches it
+    result = train.train(train.Config(seed=3, batch_episodes=5, updates=4, eval_episodes=7), out, torch.device("cpu"), log=lambda text: None)
+    with (out / "metrics.csv").open(encoding="utf8") as file:
+        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    return result, rows, batches, checks, policies
+
+
+def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
+    result, rows, batches, checks, policies = watched_run(tmp_path, monkeypatch)
+    returns = [(batch["rewards"] * batch["mask"]).sum(dim=0) for batch in batches]
+    steps = np.cumsum([batch["mask"].numel() for batch in batches])
+    assert [row["env_steps"] for row in rows] == steps.tolist() and [row["episodes"] for row in rows] == [5, 10, 15, 20]
+    for row, one in zip(rows, returns):
+        assert (row["return_mean"], row["return_min"], row["return_max"]) == pytest.approx((one.mean().item(), one.min().item(), one.max().item()), rel=1e-5)
+    assert checks == [(7, 1_003_000 + number) for number in (1, 2, 3, 4)]
+    seconds = result.pop("train_seconds")
+    assert 0 < seconds < 60 and result == dict(solved=False, updates=4, env_steps=steps[-1], checks=4, episodes=20)
+    with (tmp_path / "timing.csv").open(encoding="utf8") as file:
+        assert [row["update"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+    best = int(np.argmax([one.mean() for one in returns]))
+    kept = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert all(torch.equal(kept[name], policies[best][name]) for name in kept)
+    assert all(not torch.equal(a["0.weight"], b["0.weight"]) for a, b in zip(policies, policies[1:]))      # every batch was learned from
+    torch.manual_seed(3)
+    assert torch.equal(policies[0]["0.weight"], train.make_policy(64)[0].weight)
+
+
+def test_a_solved_run_ends_with_the_weights_that_were_judged(tmp_path, monkeypatch):
+    result, rows, batches, checks, policies = watched_run(tmp_path, monkeypatch, solved_at=2)
+    assert result["solved"] and result["updates"] == 2 == len(checks) and "loss" in rows[0] and "loss" not in rows[1]
+    for name in ("best.pt", "last.pt"):
+        kept = torch.load(tmp_path / name, weights_only=True)
+        assert all(torch.equal(kept[key], policies[1][key]) for key in kept)
+
+
+@pytest.mark.parametrize("greedy, sampled, solved", [(500.0, 475.0, True), (499.9, 500.0, False), (500.0, 474.9, False), (499.0, 474.0, False)])
+def test_solved_means_both_targets(greedy, sampled, solved):
+    assert train.is_solved(dict(greedy=dict(mean=greedy), sampled=dict(mean=sampled))) is solved
+
+
+def test_what_update_reports():
+    torch.manual_seed(0)
+    policy = train.make_policy(8)
+    batch = train.collect(train.make_envs(4, seed=0), policy, torch.Generator().manual_seed(0))
+    before, mask = train.copy_of_weights(policy), batch["mask"]
+    row = train.update(policy, torch.optim.Adam(policy.parameters(), lr=0.01), batch, train.Config())
+    after = train.copy_of_weights(policy)
+    policy.load_state_dict(before)
+    distribution = torch.distributions.Categorical(logits=policy(batch["obs"]))
+    returns = train.rewards_to_go(batch["rewards"] * mask, 1.0)
+    advantages = (returns - train.leave_one_out_baseline(returns, mask)) * mask
+    loss = train.policy_gradient_loss(distribution.log_prob(batch["actions"]), advantages, mask)
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(policy.parameters()))])
+    alive = mask.bool()
+    expected = dict(loss=loss.item(), entropy=distribution.entropy()[alive].mean().item(), grad_norm=gradient.norm().item(),
+                    return_to_go_std=returns[alive].std().item(), advantage_std=advantages[alive].std().item())
+    assert row == pytest.approx(expected, rel=1e-4)
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    assert torch.equal(moved.sign()[gradient.abs() > 1e-6], -gradient.sign()[gradient.abs() > 1e-6])       # Adam's first step goes downhill
+
+
+@pytest.mark.parametrize("episodes", [1, 2])
+def test_evaluate_counts_by_hand(episodes):
+    torch.manual_seed(0)
+    policy = train.make_policy(8)
+    results = train.evaluate(policy, episodes, seed=11)
+    for name in ("greedy", "sampled"):
+        batch = train.collect(train.make_envs(episodes, 11), policy, torch.Generator().manual_seed(11), greedy=(name == "greedy"))
+        returns = batch["mask"].sum(dim=0).numpy()
+        std = float(returns.std(ddof=1)) if episodes > 1 else 0.0
+        assert results[name] == pytest.approx(dict(mean=returns.mean(), std=std, min=returns.min(), episodes=episodes,
+                                                   fraction_solved=(returns >= 475).mean()), rel=1e-5)
+
+
+def test_a_perfect_policy_is_counted_as_one():
+    results = train.evaluate(evaluation.load_policy(str(REPO / "cartpole_reinforce" / "weights")), 3, seed=7)
+    assert results["greedy"] == dict(mean=500.0, std=0.0, min=500.0, episodes=3, fraction_solved=1.0)
+
+
 # ---- the scripts as they are used -----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
