@@ -227,6 +227,158 @@ def test_the_first_minibatch_has_ratio_one():
     assert result["entropy"] == pytest.approx(np.log(4), abs=1e-3)
 
 
+# ---- networks, updates, the training loop ---------------------------------------------------------------------------
+
+def test_the_networks_start_orthogonal_with_the_gains_of_ppo():
+    torch.manual_seed(0)
+    agent = train.make_agent(16)
+    for name, last in (("actor", 0.01), ("critic", 1.0)):
+        layers = [layer for layer in agent[name] if isinstance(layer, torch.nn.Linear)]
+        assert [layer.weight.shape for layer in layers] == [(16, 8), (16, 16), (4 if name == "actor" else 1, 16)]
+        for layer, gain in zip(layers, (2 ** 0.5, 2 ** 0.5, last)):
+            weight = layer.weight.detach() if len(layer.weight) <= layer.weight.shape[1] else layer.weight.detach().T
+            torch.testing.assert_close(weight @ weight.T, gain ** 2 * torch.eye(len(weight)), atol=1e-5, rtol=1e-4)
+            assert not layer.bias.any()
+    before = train.copy_of_weights(agent)
+    with torch.no_grad():
+        agent["actor"][0].weight.add_(1)
+    assert not torch.equal(before["actor.0.weight"], agent.state_dict()["actor.0.weight"])
+
+
+def clock_batch(agent, steps=8):
+    envs = SyncVectorEnv([Clock] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, _ = envs.reset(seed=0)
+    return train.collect(envs, obs, agent["actor"], steps, torch.Generator().manual_seed(0))[0]
+
+
+def plain_update(agent, batch, config, seed):
+    """update() as one would write it without care for speed. Returns what it reports, as means over the steps."""
+    optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, eps=1e-5)
+    actor, critic, order = agent["actor"], agent["critic"], torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        values, next_values = critic(batch["obs"])[..., 0], critic(batch["next_obs"])[..., 0]
+        advantages, returns = train.compute_gae(batch["rewards"] * config.reward_scale, values, next_values, batch["terminated"], batch["truncated"],
+                                                config.gamma, config.gae_lambda)
+        old = torch.distributions.Categorical(logits=actor(batch["obs"])).log_prob(batch["actions"])
+    flat = {name: tensor.reshape(-1, *tensor.shape[2:]) for name, tensor in dict(obs=batch["obs"], actions=batch["actions"], old=old, advantages=advantages,
+                                                                                 returns=returns).items()}
+    reports = []
+    for _ in range(config.update_epochs):
+        for chosen in torch.randperm(len(flat["obs"]), generator=order).split(config.minibatch_size):
+            a, policy = flat["advantages"][chosen], torch.distributions.Categorical(logits=actor(flat["obs"][chosen]))
+            a = (a - a.mean()) / (a.std() + 1e-8)
+            loss, terms = train.ppo_loss(policy.log_prob(flat["actions"][chosen]), flat["old"][chosen], a, policy.entropy(), critic(flat["obs"][chosen])[:, 0],
+                                         flat["returns"][chosen], config.clip_eps, config.vf_coef, config.ent_coef)
+            assert not any(term.requires_grad for term in terms.values())
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+            optimizer.step()
+            reports.append({name: float(term) for name, term in terms.items()} | dict(grad_norm=float(norm)))
+        if 0 < config.target_kl < reports[-1]["approx_kl"]:
+            break
+    means = {name: np.mean([report[name] for report in reports]) for name in reports[0]}
+    unexplained = (returns - values).numpy().var(ddof=1) / returns.numpy().var(ddof=1)
+    return means | dict(explained_variance=1 - unexplained, gradient_steps=len(reports))
+
+
+@pytest.mark.parametrize("settings, steps", [(dict(), 12), (dict(target_kl=1e9), 12), (dict(target_kl=1e-9), 4), (dict(max_grad_norm=1e-3, ent_coef=0.5), 12)])
+def test_update_equals_a_plain_transcription(settings, steps):
+    config = train.Config(update_epochs=3, minibatch_size=8, lr=0.01, **settings)
+    torch.manual_seed(1)
+    first, second = train.make_agent(16), train.make_agent(16)
+    second.load_state_dict(first.state_dict())
+    batch = clock_batch(first)
+    report = train.update(first, torch.optim.Adam(first.parameters(), lr=config.lr, eps=1e-5, fused=True), batch, config, torch.Generator().manual_seed(5))
+    expected = plain_update(second, batch, config, 5)
+    assert report["gradient_steps"] == steps and report == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(weight, second.state_dict()[name], atol=1e-5, rtol=1e-3)
+
+
+def test_no_break_is_on_by_default(monkeypatch):
+    def never(*_):
+        raise AssertionError("sabotage() without --break")
+    monkeypatch.setattr(train, "sabotage", never)
+    agent = train.make_agent(8)
+    train.update(agent, torch.optim.Adam(agent.parameters(), lr=0.0), clock_batch(agent), train.Config(minibatch_size=16), torch.Generator())
+    assert train.broken_config(train.Config()) == train.Config()
+
+
+def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
+    starts, evaluated, rates, steps = [], [], [], iter([3.0, 7.0, 7.0, 5.0])
+    new_flights, evaluate_greedy, update = train.new_flights, train.evaluate_greedy, train.update
+
+    def evaluate(actor, config, number):
+        evaluated.append((number, train.copy_of_weights(actor)))
+        return dict(eval_mean=next(steps), eval_min=0.0)
+
+    monkeypatch.setattr(train, "evaluate_greedy", evaluate)
+    monkeypatch.setattr(train, "new_flights", lambda envs, config, number: starts.append(number) or new_flights(envs, config, number))
+    monkeypatch.setattr(train, "update", lambda agent, optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]) or update(agent, optimizer, *rest))
+    config = train.Config(seed=4, updates=7, num_envs=2, num_steps=16, minibatch_size=16, eval_every=2, eval_episodes=3, lr=0.01)
+    result = train.train(config, tmp_path, torch.device("cpu"), lambda _: None)
+    assert starts == [1, 3, 5, 7] and [number for number, _ in evaluated] == [2, 4, 6, 7]
+    assert rates == pytest.approx([0.01 * (7 - k) / 7 for k in range(7)])
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+    assert [int(row["update"]) for row in rows] == list(range(1, 8)) and [int(row["env_steps"]) for row in rows] == [32 * k for k in range(1, 8)]
+    assert [row["eval_mean"] for row in rows] == ["", "3", "", "7", "", "7", "5"] and float(rows[3]["learning_rate"]) == pytest.approx(0.01 * 4 / 7, rel=1e-5)
+    assert len((tmp_path / "timing.csv").read_text().splitlines()) == 8
+    assert result["best_eval"] == 7 and result["updates"] == 7 and result["env_steps"] == 224 and result["first_solved"] == []
+    best = torch.load(tmp_path / "best.pt", weights_only=True)                 # the first of two equals is kept
+    assert all(torch.equal(best["actor." + name], value) for name, value in evaluated[1][1].items())
+    seen = []
+    monkeypatch.setattr(train, "fly", lambda actor, seeds, greedy: seen.append((list(seeds), greedy)) or (np.array([1.0, 2.0, 6.0]), None, None))
+    assert evaluate_greedy(None, config, 6) == dict(eval_mean=3.0, eval_min=1.0)
+    first = 2**32 + 4 * 2**24 + 18
+    assert seen == [([first, first + 1, first + 2], True)]
+    envs = SyncVectorEnv([Clock] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    monkeypatch.setattr(envs, "reset", lambda seed: seen.append(seed) or (np.zeros((2, 8)), {}))
+    assert new_flights(envs, config, 6)[1].tolist() == [[0, 0], [0, 0]] and seen[-1] == 10_000_000 + 4_000_000 + 12
+
+
+def test_the_score_of_the_latest_flights():
+    assert all(np.isnan(value) for value in train.describe([]).values())
+    assert train.describe([(10.0, 3), (20.0, 5)]) == dict(return_mean=15.0, length_mean=4.0)
+
+
+def test_whole_flights_equal_those_of_a_single_lander():
+    torch.manual_seed(2)
+    actor = train.make_agent(16)["actor"]
+    with torch.no_grad():
+        actor[4].weight.mul_(300)
+    returns, lengths, terminated = train.fly(actor, [5, 6, 7], greedy=True)
+    for seed, total, length, crashed in zip([5, 6, 7], returns, lengths, terminated):
+        env = gym.make("LunarLander-v3")
+        obs, _ = env.reset(seed=seed)
+        rewards, over, truncated = [], False, False
+        while not (over or truncated):
+            with torch.no_grad():
+                obs, reward, over, truncated, _ = env.step(actor(torch.from_numpy(obs)).argmax().item())
+            rewards.append(reward)
+        assert total == pytest.approx(sum(rewards)) and length == len(rewards) and crashed == over
+
+
+def test_sampled_flights_sample_the_softmax(monkeypatch):
+    actions = []
+
+    class Recorder(Clock):
+        def step(self, action):
+            actions.append(action)
+            return np.zeros(8, np.float32), 0.0, len(actions) >= 8000, False, {}
+
+    monkeypatch.setattr(train, "make_env", Recorder)
+    actor = train.make_agent(8)["actor"]
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.zero_()
+        actor[4].bias.copy_(torch.tensor([2.0, 1.0, 0.0, -1.0]))
+    train.fly(actor, [0], greedy=False)
+    share = torch.bincount(torch.tensor(actions), minlength=4) / len(actions)
+    torch.testing.assert_close(share, actor[4].bias.detach().softmax(-1), atol=0.02, rtol=0)
+
+
 # ---- the scripts as they are used -----------------------------------------------------------------------------------
 
 SMALL = ["--updates", "24", "--num-envs", "4", "--num-steps", "64", "--minibatch-size", "64", "--eval-every", "4", "--eval-episodes", "2", "--quiet"]
