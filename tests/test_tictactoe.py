@@ -419,6 +419,49 @@ def test_training_never_sees_what_the_solver_knows(tmp_path, monkeypatch):
     assert [row["all_worse"] for row in rows_of(tmp_path / "truth")] != [row["all_worse"] for row in rows_of(tmp_path / "lies")]
 
 
+def test_update_equals_a_plain_transcription(monkeypatch):
+    def never(*_):
+        raise AssertionError("sabotage() without --break")
+    monkeypatch.setattr(train, "sabotage", never)
+    torch.manual_seed(0)
+    config = train.Config(games=32, lr=0.01, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.05)
+    first, second = train.make_agent(8), train.make_agent(8)
+    second.load_state_dict(first.state_dict())
+    batch = train.play_games(first["actor"], first["actor"], torch.zeros(32, 9, dtype=torch.int8), config, torch.Generator().manual_seed(1))
+    report = train.update(first, torch.optim.Adam(first.parameters(), lr=1.0), batch, config, 0.25, torch.Generator())
+    boards, actions, outcomes = batch["boards"], batch["actions"], batch["outcomes"]
+    inputs = torch.cat([boards == 1, boards == -1], dim=1).float()
+    logits = second["actor"](inputs).masked_fill(boards != 0, -1e9)
+    values, policy = second["critic"](inputs)[:, 0], torch.distributions.Categorical(logits=logits)
+    critic = 0.5 * ((values - outcomes) ** 2).mean()
+    loss = -(policy.log_prob(actions) * (outcomes - values.detach())).mean() + 0.7 * critic - 0.3 * 0.25 * policy.entropy().mean()
+    optimizer = torch.optim.Adam(second.parameters(), lr=0.01 * 0.25)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(second.parameters(), 0.05)
+    optimizer.step()
+    assert report["outcome"] == pytest.approx(outcomes.mean().item()) and report["moves"] == len(boards) and report["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert report["entropy"] == pytest.approx(policy.entropy().mean().item(), rel=1e-4) and report["critic_loss"] == pytest.approx(critic.item(), rel=1e-4)
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(weight, second.state_dict()[name], atol=1e-6, rtol=1e-3)
+
+
+def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
+    pools, shares, choose, update = [], [], train.choose, train.update
+    monkeypatch.setattr(train, "choose", lambda config, pool, *rest: pools.append(list(pool)) or choose(config, pool, *rest))
+    monkeypatch.setattr(train, "update", lambda *given: shares.append(given[4]) or update(*given))
+    config = train.Config(seed=2, updates=7, games=16, hidden=8, eval_every=3, pool_every=2, pool=2)
+    result = train.train(config, tmp_path, lambda _: None)
+    assert shares == pytest.approx([(7 - k) / 7 for k in range(7)])
+    assert [len(pool) for pool in pools] == [1, 1, 2, 2, 2, 2, 2]              # a frozen self is added after updates 2, 4 and 6
+    assert pools[2][0] is pools[0][0] and pools[4][0] is pools[2][1] and pools[6][0] is pools[4][1]
+    rows = rows_of(tmp_path)
+    assert [row["update"] for row in rows] == [str(k) for k in range(8)] and [row["update"] for row in rows if row["all_worse"]] == ["0", "3", "6", "7"]
+    assert len((tmp_path / "timing.csv").read_text().splitlines()) == 9 and result["updates"] == 7
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(pools[0][0].parameters(), train.make_agent(8)["actor"].parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(pools[0][0].parameters(), pools[2][1].parameters()))
+
+
 def test_examine_keeps_the_best_weights_and_the_later_one_of_equals(monkeypatch):
     def proof(lost, worse, anywhere):
         side = dict(lost=lost, drawn=0, won=0, worse_than_minimax=worse)
