@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -505,6 +506,46 @@ def test_latest_passes_over_smoke_runs_and_a_lone_trainer_says_that_nobody_judge
     assert run(tmp_path / "grpo_eval.py", "--run", "latest", "--quiet").returncode == 0 and (real / "eval.json").read_bytes() == before
     assert run(tmp_path / "grpo_eval.py", "--weights", "latest", "--samples", "8", "--seed", "3", "--json", tmp_path / "e.json").returncode == 0
     assert (tmp_path / "e.json").read_bytes() == before
+
+
+def test_what_a_batch_is_described_by():
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    old = torch.tensor([[-1.0, -2, 0], [-1, -1, -1], [-4, 0, 0], [-0.5, -0.5, 0]])
+    batch = dict(completion_mask=mask, rewards=torch.tensor([1.0, 3.0, 2.0, 2.0]), old_logprobs=old, ref_logprobs=old - 0.25 * mask)
+    row = train.describe(train.Config(group_size=2, max_new_tokens=3), Accelerator(cpu=True), batch)
+    assert row == pytest.approx(dict(reward=2.0, reward_std=2 ** 0.5 / 2, frac_reward_zero_std=0.5, kl=0.5, entropy=11 / 8, completion_length=2.0, cut_off_ratio=0.25))
+
+
+def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
+    batches, checkpoints, modes, collect, save_checkpoint, update = [], [], [], train.collect, train.save_checkpoint, train.update
+    monkeypatch.setattr(train, "collect", lambda *given: batches.append((collect(*given), given[-2])) or batches[-1][0])
+    monkeypatch.setattr(train, "save_checkpoint", lambda out, model, optimizer, state: checkpoints.append(state["update"]) or save_checkpoint(out, model, optimizer, state))
+    monkeypatch.setattr(train, "update", lambda config, accelerator, policy, *rest: modes.append(policy.training) or update(config, accelerator, policy, *rest))
+    lines, config, accelerator = [], train.Config(updates=12, batch_size=8, group_size=4, max_new_tokens=8, save_every=5, seed=3), Accelerator(cpu=True)
+    policy, _, result = train.train(config, tmp_path, accelerator, lines.append)
+    assert checkpoints == [10, 12] and result["updates"] == 12 and 0 < result["train_seconds"] < 60 and modes == [False] * 12
+    assert sorted(path.name for path in tmp_path.glob("policy-*")) == ["policy-0005", "policy-0010"]
+    with (tmp_path / "metrics.csv").open(encoding="utf8") as file:
+        rows = [{name: float(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    assert [row["update"] for row in rows] == list(range(1, 13)) and len((tmp_path / "timing.csv").read_text().splitlines()) == 13
+    for number, (row, ((batch, texts), asked)) in enumerate(zip(rows, batches), 1):
+        assert {name: row[name] for name in ("reward", "kl", "entropy", "completion_length")} == pytest.approx(
+            {name: value for name, value in train.describe(config, accelerator, batch).items() if name in ("reward", "kl", "entropy", "completion_length")}, rel=1e-4, abs=1e-5)
+        samples = [json.loads(line) for line in (tmp_path / "samples" / f"{number:04d}.jsonl").read_text().splitlines()]
+        assert [sample["text"] for sample in samples] == texts and [sample["prompt"] for sample in samples] == [prompt for prompt in asked for _ in range(4)]
+        assert [sample["reward"] for sample in samples] == pytest.approx(batch["rewards"].tolist(), abs=1e-4)
+    assert [line for line in lines if line.startswith("    answers to")] == [f'    answers to "{batches[k][1][0]}", best first' for k in (0, 9)]
+    assert len({tuple(asked) for _, asked in batches}) > 1                     # other prompts each time
+
+
+def test_processes_share_the_prompts_and_never_a_random_stream():
+    prompts, config = [f"prompt {k}" for k in range(50)], train.Config(batch_size=16, group_size=2)
+    alone, _ = train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts, 7)
+    both = [train.choose(config, SimpleNamespace(num_processes=2, process_index=rank), prompts, 7) for rank in (0, 1)]
+    assert both[0][0] + both[1][0] == alone and len(set(alone)) == 8
+    assert both[0][1].initial_seed() + 1 == both[1][1].initial_seed()
+    assert train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts, 7)[0] == alone
+    assert train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts[:4], 7)[0] and train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts, 8)[0] != alone
 
 
 def test_the_reference_is_frozen(tmp_path, monkeypatch):
