@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -632,6 +633,54 @@ def test_two_processes_train_together(method, tmp_path, data):
 def test_every_broken_variant_runs(name, tmp_path, data):
     process = call(train, *TINY[:-1], "--updates", "1", "--break", name, "--method", "kl_correct", "--data", data, "--out", tmp_path / "o")
     assert process.returncode == 0 and f"BROKEN: {name}" in process.stdout or name == "naive-log1mp" and "not finite" in process.stderr, process.stderr
+
+
+def test_what_a_batch_is_described_by():
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    old = torch.tensor([[-1.0, -2, 0], [-1, -1, -1], [-4, 0, 0], [-0.5, -0.5, 0]])
+    row = train.describe(train.Config(max_new_tokens=3), Accelerator(cpu=True), dict(completion_mask=mask, old_logprobs=old, rewards=torch.tensor([1.0, 0, 0, 0])))
+    assert row == pytest.approx(dict(sampled_accuracy=0.25, entropy=11 / 8, completion_length=2.0, cut_off_ratio=0.25))
+
+
+def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch, data):
+    sampled, greedy, checkpoints, saved, collect, save_checkpoint = [], [], [], [], train.collect, train.save_checkpoint
+    accuracies = iter([0.5, 0.75, 0.75, 0.25, 0.0])
+
+    def watched(config, model, tokenizer, problems, generator):
+        batch, texts = collect(config, model, tokenizer, problems, generator)
+        if config.temperature == 0:
+            greedy.append((config.group_size, len(problems)))
+            batch["rewards"] = torch.full((4,), next(accuracies))
+        else:
+            sampled.append((batch, texts, problems))
+        return batch, texts
+
+    monkeypatch.setattr(train, "collect", watched)
+    monkeypatch.setattr(train, "save", lambda model, tokenizer, directory: saved.append(directory.name))
+    monkeypatch.setattr(train, "save_checkpoint", lambda out, model, optimizer, state: checkpoints.append(state["update"]) or save_checkpoint(out, model, optimizer, state))
+    lines, config = [], train.Config(data=str(data), updates=7, batch_size=8, group_size=4, max_new_tokens=8, eval_every=2, eval_problems=3, seed=3)
+    _, _, result = train.train(config, tmp_path, Accelerator(cpu=True), lines.append)
+    assert greedy == [(1, 3)] * 5 and saved == ["best", "best", "best"]        # the first, a better one, one as good
+    assert checkpoints == [2, 4, 6, 7] and result["updates"] == 7
+    assert [(test["update"], test["greedy_accuracy"]) for test in result["tests"]] == [(0, 0.5), (2, 0.75), (4, 0.75), (6, 0.25), (7, 0.0)]
+    with (tmp_path / "metrics.csv").open(encoding="utf8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["update"] for row in rows] == [str(k) for k in range(1, 8)] and len((tmp_path / "timing.csv").read_text().splitlines()) == 8
+    for row, (batch, texts, problems) in zip(rows, sampled):
+        assert float(row["sampled_accuracy"]) == pytest.approx(batch["rewards"].mean().item()) and float(row["completion_length"]) == pytest.approx(
+            batch["completion_mask"].sum().item() / 8, rel=1e-4)
+    shown = [line for line in lines if "\n    -> " in line]
+    assert shown == [f"{sampled[k][2][0].question}\n    -> {sampled[k][1][0]}" for k in (1, 3, 5, 6)]
+
+
+def test_processes_share_the_problems_and_never_a_random_stream():
+    prompts, config = [f"prompt {k}" for k in range(50)], train.Config(batch_size=16, group_size=2)
+    alone, _ = train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts, 7)
+    both = [train.choose(config, SimpleNamespace(num_processes=2, process_index=rank), prompts, 7) for rank in (0, 1)]
+    assert both[0][0] + both[1][0] == alone and len(set(alone)) == 8
+    assert both[0][1].initial_seed() + 1 == both[1][1].initial_seed()
+    assert train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts[:4], 7)[0]
+    assert train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts, 8)[0] != alone
 
 
 def test_no_correct_answer_skips_the_update_and_says_so(tmp_path, data):

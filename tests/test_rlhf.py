@@ -1084,6 +1084,48 @@ def test_a_reward_model_that_bursts_is_refused(data, tmp_path):
 
 # ---- what is broken on purpose --------------------------------------------------------------------------------------
 
+def test_what_a_batch_is_described_by():
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    logprobs = torch.tensor([[-1.0, -2, 0], [-1, -1, -1], [-4, 0, 0], [-0.5, -0.5, 0]])
+    batch = dict(completion_mask=mask, logprobs=logprobs, rewards=torch.tensor([1.0, 3, 2, 2]), kl=torch.tensor([0.0, 1, 2, 1]), returns=torch.tensor([1.0, 2, 0, 1]))
+    row = train.describe(train.Config(max_new_tokens=3), Accelerator(cpu=True), batch, ["a b a b", "c d", "", "e"])
+    assert row == pytest.approx(dict(reward=2.0, kl=1.0, shaped_reward=1.0, distinct2=3 / 4, entropy=11 / 8, completion_length=2.0, cut_off_ratio=0.25))
+
+
+@pytest.mark.parametrize("estimator, group", [("reinforce", 1), ("rloo", 2)])
+def test_the_training_loop_keeps_its_books(estimator, group, judges, tmp_path, monkeypatch):
+    batches, advantages, checkpoints, collect, update, save_checkpoint = [], [], [], train.collect, train.update, train.save_checkpoint
+    monkeypatch.setattr(train, "collect", lambda *given: batches.append(collect(*given)) or batches[-1])
+    monkeypatch.setattr(train, "update", lambda config, accelerator, policy, optimizer, batch: advantages.append(batch["advantages"].clone()) or update(config, accelerator, policy, optimizer, batch))
+    monkeypatch.setattr(train, "save_checkpoint", lambda out, model, optimizer, state: checkpoints.append(state["update"]) or save_checkpoint(out, model, optimizer, state))
+    config = train.Config(reward_model=str(judges[1]), updates=12, batch_size=4, group_size=group, estimator=estimator, max_new_tokens=8, save_every=5, seed=3)
+    lines = []
+    _, _, result = train.train(config, tmp_path, Accelerator(cpu=True), lines.append)
+    assert checkpoints == [10, 12] and result["updates"] == 12 and sorted(path.name for path in tmp_path.glob("policy-*")) == ["policy-0005", "policy-0010"]
+    rows = rows_of(tmp_path / "metrics.csv")
+    assert [row["update"] for row in rows] == list(range(1, 13)) and len((tmp_path / "timing.csv").read_text().splitlines()) == 13
+    assert sum(line.startswith("    answers to") for line in lines) == 2
+    returns = [batch["returns"] for batch, _ in batches]
+    if estimator == "rloo":
+        assert all(torch.allclose(a, train.rloo_advantages(r, 2)) for a, r in zip(advantages, returns)) and "baseline" not in rows[0]
+        return
+    baseline, first = returns[0].mean().item(), returns.pop(0)               # of the SFT model, before the first update
+    assert len(returns) == 12 and first.shape == (4,)
+    for row, one, advantage in zip(rows, returns, advantages):
+        assert row["baseline"] == pytest.approx(baseline, rel=1e-4) and torch.allclose(advantage, one - baseline, atol=1e-4)
+        baseline = 0.9 * baseline + 0.1 * one.mean().item()
+
+
+def test_processes_share_the_prompts_and_never_a_random_stream():
+    prompts, config = [f"prompt {k}" for k in range(50)], train.Config(batch_size=16, group_size=2)
+    alone, _ = train.choose(config, types.SimpleNamespace(num_processes=1, process_index=0), prompts, 7)
+    both = [train.choose(config, types.SimpleNamespace(num_processes=2, process_index=rank), prompts, 7) for rank in (0, 1)]
+    assert both[0][0] + both[1][0] == alone and len(set(alone)) == 8
+    assert both[0][1].initial_seed() + 1 == both[1][1].initial_seed()
+    assert train.choose(config, types.SimpleNamespace(num_processes=1, process_index=0), prompts[:4], 7)[0]
+    assert train.choose(config, types.SimpleNamespace(num_processes=1, process_index=0), prompts, 8)[0] != alone
+
+
 @pytest.mark.parametrize("name", train.BREAKS)
 def test_every_broken_variant_runs(name, tiny, tmp_path):
     process = call(train, *tiny[:-1], "--updates", "1", "--break", name, "--out", tmp_path / "o")
