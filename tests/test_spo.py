@@ -439,6 +439,61 @@ def test_shipped_policy_is_at_the_optimum(tmp_path):
     assert json.loads((tmp_path / "e.json").read_text())["tv"] <= 0.05
 
 
+def test_uniform_answers_are_all_numbers_alike_and_invalid_ones_all_kinds():
+    rng = np.random.default_rng(0)
+    counts = np.bincount([int(text) for text in train.uniform(200_000, rng)])
+    assert len(counts) == 101 and counts[0] == 0 and abs(counts[1:] / 2000 - 1).max() < 0.12
+    texts = train.some_invalid(train.uniform(40_000, rng), train.Config(include_invalid=0.5), rng)
+    bad = [text for text in texts if train.parse_guess(text) is None]
+    assert abs(len(bad) / 40_000 - 0.5) < 0.02
+    kinds = [sum(match) / len(bad) for match in zip(*[(text == "", set(text) == {"0"}, text.startswith("0") and set(text) != {"0"}, text[:1] not in ("", "0")) for text in bad])]
+    assert kinds == pytest.approx([0.25] * 4, abs=0.02) and {"0", "00", "000"} <= set(bad)
+    assert {len(text) for text in bad if text[:1] not in ("", "0")} == {3}       # 101 to 999
+    assert train.some_invalid(["5"] * 100, train.Config(include_invalid=0.0), rng) == ["5"] * 100
+    hostile = train.adversarial(20_000, 42, rng)
+    near = np.mean([train.reward_of(text, 42) >= -0.3 for text in hostile])
+    assert near == pytest.approx(0.05 * np.mean([train.reward_of(text, 42) >= -0.3 for text in train.NUMBERS]), abs=0.006)
+
+
+@pytest.mark.parametrize("done, factor", [(0.0, 0.01), (0.05, 0.51), (0.5, 0.5), (0.99, 0.01)])
+def test_the_step_size_rises_and_falls(done, factor):
+    assert train.lr_factor("linear", done) == pytest.approx(factor) and train.lr_factor("constant", done) == 1.0
+
+
+@pytest.mark.parametrize("distances, epochs", [([], 0), ([5.0], 0), ([5.0, 4.0], 0), ([4.0, 5.0], 1), ([4.0, 4.0, 4.0 - 1e-12], 2), ([4.0, 5.0, 3.0, 3.5], 1)])
+def test_epochs_without_gain(distances, epochs):
+    assert train.epochs_without_gain([dict(mean_distance=distance) for distance in distances]) == epochs
+
+
+def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    steps, rates, judged, collect, update, evaluate = [], [], [], train.collect, train.update, train.evaluate
+    monkeypatch.setattr(train, "sabotage", lambda *_: 1 / 0)                   # not without --break
+    monkeypatch.setattr(train, "collect", lambda *given: steps.append(collect(*given)) or steps[-1])
+    monkeypatch.setattr(train, "evaluate", lambda *given: judged.append(evaluate(*given)) or judged[-1])
+
+    def watched(config, accelerator, policy, optimizer, q0, batch):
+        loss, q_terminal = update(config, accelerator, policy, optimizer, q0, batch)
+        rates.append((optimizer.param_groups[0]["lr"], loss, q0.item()))
+        return loss, q_terminal
+
+    monkeypatch.setattr(train, "update", watched)
+    lines, config = [], train.Config(epochs=2, samples=48, batch_size=16, q0="exact", lr=0.001, seed=3)
+    _, _, result = train.train(config, tmp_path, Accelerator(cpu=True), lines.append)
+    assert len(steps) == 6 and result["epochs"] == 2 and result["answers"] == 96 and 0 < result["train_seconds"] < 60
+    assert [rate for rate, _, _ in rates] == pytest.approx([0.001 * train.lr_factor("linear", k / 6) for k in range(6)])
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), map(float, line.split(",")))) for line in lines[1:]]
+    assert [row["epoch"] for row in rows] == [1, 2] and len((tmp_path / "timing.csv").read_text().splitlines()) == 3
+    for row, some, their, found in zip(rows, (steps[:3], steps[3:]), (rates[:3], rates[3:]), judged):
+        assert row["loss"] == pytest.approx(np.mean([loss for _, loss, _ in their]), rel=1e-4)
+        assert row["reward"] == pytest.approx(np.mean([[train.reward_of(text, config.target) for text in texts] for _, texts in some]), rel=1e-4)
+        assert row["q0_used"] == pytest.approx(their[0][2], rel=1e-4) and row["tv"] == pytest.approx(found["tv"], rel=1e-4)
+    model, tokenizer = shipped_model()
+    exact = train.closed_form(train.enumerate_answers(model, tokenizer), config.target, config.beta)["q0"]
+    assert rows[0]["q0_used"] == pytest.approx(exact, rel=1e-4)
+
+
 def test_the_reference_is_frozen(tmp_path, monkeypatch):
     kept = {}
 
