@@ -1,6 +1,6 @@
 """Makes the tables and figures of README.md: trains five seeds, then every broken variant.
 
-    python study.py runs/study      17 runs of about two minutes: tables.md and three figures
+    python study.py runs/study      17 runs of about three minutes: tables.md and three figures
     python study.py --gif game.gif  two animated games against a random player, a few seconds
 
 Nobody needs to read this to learn the algorithm.

@@ -35,7 +35,7 @@ plays its own moves.
 New since lesson 1 (CartPole): an environment of our own; a critic; two players; masked actions; a
 proof instead of a win rate. Deliberately left out: search (looking ahead), replay (using old games
 again), bootstrapping (the critic's guess in place of the rest of the game: nine moves are few),
---resume (a run takes two minutes).
+--resume (a run takes three minutes).
 
 Sources: Williams 1992; Sutton and Barto, Reinforcement Learning, 2nd ed., 5.3 (exploring starts)
 and 13.4. The book calls this algorithm REINFORCE with a learnt baseline; its "actor-critic" also
