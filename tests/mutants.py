@@ -212,7 +212,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=LESSONS, default=list(LESSONS))
     parser.add_argument("--count", type=int, default=40, help="mistakes in each lesson (default 40)")
     parser.add_argument("--workers", type=int, default=2, help="mistakes that are tried side by side (default 2)")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds until a test run counts as endless (default 600)")
+    parser.add_argument("--timeout", type=int, default=150, help="seconds until a test run counts as endless (default 150)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep each verdict there, and take those that are there already")
     parser.add_argument("--list", action="store_true", help="show the mistakes and end")
     args = parser.parse_args()

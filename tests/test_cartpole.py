@@ -324,6 +324,13 @@ def test_evaluate_counts_by_hand(episodes):
                                                    fraction_solved=(returns >= 475).mean()), rel=1e-5)
 
 
+def test_a_return_of_exactly_475_solves(monkeypatch):
+    rewards = torch.ones(475, 2)
+    rewards[474, 1] = 0
+    monkeypatch.setattr(train, "collect", lambda *given, greedy: dict(rewards=rewards, mask=rewards))
+    assert train.evaluate(None, 2, seed=0)["greedy"] == pytest.approx(dict(mean=474.5, std=0.5 ** 0.5, min=474.0, episodes=2, fraction_solved=0.5))
+
+
 def test_a_perfect_policy_is_counted_as_one():
     results = train.evaluate(evaluation.load_policy(str(REPO / "cartpole_reinforce" / "weights")), 3, seed=7)
     assert results["greedy"] == dict(mean=500.0, std=0.0, min=500.0, episodes=3, fraction_solved=1.0)
