@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -192,7 +193,8 @@ def notice(copy, lesson, text, timeout):
     (copy / file).write_text(text or original, encoding="utf8")
     command = [sys.executable, "-m", "pytest", f"tests/{tests}", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
     process = subprocess.Popen(command, cwd=copy, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True)
+                               stderr=subprocess.STDOUT, start_new_session=True,
+                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (2 * timeout, 2 * timeout)))      # dies also if we do not live
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
