@@ -331,6 +331,18 @@ def test_a_return_of_exactly_475_solves(monkeypatch):
     assert train.evaluate(None, 2, seed=0)["greedy"] == pytest.approx(dict(mean=474.5, std=0.5 ** 0.5, min=474.0, episodes=2, fraction_solved=0.5))
 
 
+def test_at_the_threshold_a_batch_is_checked_and_of_equal_batches_the_first_is_kept(tmp_path, monkeypatch):
+    policies, checks = [], []
+    batch = dict(obs=torch.randn(475, 2, 4), actions=torch.zeros(475, 2, dtype=torch.long), rewards=torch.ones(475, 2), mask=torch.ones(475, 2))
+    batch["rewards"][:, 1] = torch.linspace(0, 2, 475)                         # another way to 475, so that there is something to learn
+    monkeypatch.setattr(train, "collect", lambda envs, policy, generator: policies.append(train.copy_of_weights(policy)) or batch)
+    monkeypatch.setattr(train, "evaluate", lambda *given: checks.append(given) or dict(greedy=dict(mean=0.0), sampled=dict(mean=0.0)))
+    train.train(train.Config(batch_episodes=2, updates=3), tmp_path, torch.device("cpu"), log=lambda text: None)
+    assert len(checks) == 3 and not torch.equal(policies[0]["0.weight"], policies[1]["0.weight"])
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert all(torch.equal(best[name], policies[0][name]) for name in best)
+
+
 def test_a_perfect_policy_is_counted_as_one():
     results = train.evaluate(evaluation.load_policy(str(REPO / "cartpole_reinforce" / "weights")), 3, seed=7)
     assert results["greedy"] == dict(mean=500.0, std=0.0, min=500.0, episodes=3, fraction_solved=1.0)
