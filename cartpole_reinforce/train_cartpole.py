@@ -79,9 +79,9 @@ class Config:
     # those of the final evaluation 2,000,000 + seed, so that all of them are new ones
     seed: int = hp(1, "same seed, same run", low=0, high=999)
     lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: "
-                   "still falling over after 50 updates", low=1e-9)
+                   "still falling over after 50 updates", low=1e-12)
     gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, "
-                      "but the far future stops counting", low=1e-9, high=1)
+                      "but the far future stops counting", low=1e-12, high=1)
     batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps. "
                              "Too high: good steps, but few of them", low=2, high=4096)
     hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly",

@@ -103,9 +103,9 @@ class Config:
     group_size: int = hp(8, "G, answers per prompt. Too low: mean and std are noisy. 4 to 16",
                          low=2)
     max_new_tokens: int = hp(64, "tokens after which an answer is cut off", low=1)
-    temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", low=1e-9)
+    temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", low=1e-12)
     # The loss
-    clip_eps: float = hp(0.2, "ε: beyond 1 ± ε a ratio brings no more gain", low=1e-9)
+    clip_eps: float = hp(0.2, "ε: beyond 1 ± ε a ratio brings no more gain", low=1e-12)
     scale_rewards: str = hp("group", "divide advantages by the std of the group (GRPO), of the "
                             "batch, or by none (Dr. GRPO)", choices=("group", "batch", "none"))
     loss_norm: str = hp("sequence", "sequence: mean over each answer, then over answers (GRPO); "
@@ -117,8 +117,8 @@ class Config:
                         low=0)
     # The optimizer
     lr: float = hp(6e-4, "α, AdamW's step size. Too high: the text breaks. Too low: nothing moves. "
-                   "5e-6 to 5e-5 for a model like GPT-2", low=1e-9)
-    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-9)
+                   "5e-6 to 5e-5 for a model like GPT-2", low=1e-12)
+    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-12)
     update_epochs: int = hp(1, "gradient steps per batch; from the second on, ratios leave 1 and "
                             "the clip acts", low=1)
     micro_batch: int = hp(32, "answers per forward pass: memory and speed, not the result", low=1)

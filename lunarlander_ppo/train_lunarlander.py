@@ -90,24 +90,24 @@ class Config:
     num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the "
                         "critic's guesses alone", low=1, high=10_000)
     reward_scale: float = hp(0.02, "rewards are multiplied by it, so that values are about 1, not "
-                             "about 200, which the critic would need ages to reach", low=1e-9)
+                             "about 200, which the critic would need ages to reach", low=1e-12)
     # Advantages
     gamma: float = hp(0.999, "γ, discount. .97 sees 1/(1 − γ) = 33 steps ahead, a landing takes "
-                      "200: it hovers", low=1e-9, high=1)
+                      "200: it hovers", low=1e-12, high=1)
     gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards "
                            "alone (noisy)", low=0, high=1)
     # The loss
     clip_eps: float = hp(0.2, "ε, how far a ratio may leave 1 before it stops paying. Too high: "
-                         "no clip. Too low: nothing is learnt per batch", low=1e-9, high=1)
+                         "no clip. Too low: nothing is learnt per batch", low=1e-12, high=1)
     ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: "
                          "never commits to a landing", low=0)
     vf_coef: float = hp(0.5, "c_v, weight of the value loss. Adam ignores a constant factor; it "
                         "only shares out max_grad_norm between actor and critic", low=0)
     # The optimizer
     lr: float = hp(2e-3, "α, Adam's step size, falling to 0. Too high: approx_kl above .05, "
-                   "collapse. Too low: hovers for a long time", low=1e-9)
+                   "collapse. Too low: hovers for a long time", low=1e-12)
     max_grad_norm: float = hp(0.5, "a longer gradient is shortened to this norm. Too high: one bad "
-                              "batch can ruin the policy", low=1e-9)
+                              "batch can ruin the policy", low=1e-12)
     update_epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and "
                             "the data grow stale", low=1)
     minibatch_size: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. "

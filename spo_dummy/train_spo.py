@@ -111,7 +111,7 @@ class Config:
                          "steps", low=1)
     # The loss
     beta: float = hp(0.05, "β, softness. Too low: one answer takes all, log-ratios explode. Too "
-                     "high: the policy stays with the reference", low=1e-9)
+                     "high: the policy stays with the reference", low=1e-12)
     loss: str = hp("cross-entropy", "cross-entropy or squared (Eq. 3). The squared one spends its "
                    "gradient on bad answers, and good ones may become unlikely",
                    choices=("squared", "cross-entropy"))
@@ -120,11 +120,11 @@ class Config:
     q0_samples: int = hp(256, "samples for --q0 mc. Too low: Q0 is too low and jumps", low=1)
     # The optimizer
     lr: float = hp(1.5e-3, "α, Adam's step size. Too high: the loss jumps. Too low: far from π* at "
-                   "the end. 1e-5 for a large model", low=1e-9)
+                   "the end. 1e-5 for a large model", low=1e-12)
     lr_schedule: str = hp("linear", "linear: up over the first tenth, then down to 0; without the "
                           "rise, the large first errors wreck the network. Or constant",
                           choices=("linear", "constant"))
-    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-9)
+    max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-12)
     # For the reader
     patience: int = hp(0, "stop after so many epochs without a better distance to the target; 0: "
                        "never", low=0)

@@ -427,7 +427,7 @@ def test_gif_without_a_display(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--lr", "0"], ["--lr", "from 1e-09"]), (["--lr", "nan"], ["--lr"]), (["--gamma", "1.5"], ["--gamma"]), (["--gamma", "0"], ["--gamma"]),
+    (["--lr", "0"], ["--lr", "from 1e-12"]), (["--lr", "nan"], ["--lr"]), (["--gamma", "1.5"], ["--gamma"]), (["--gamma", "0"], ["--gamma"]),
     (["--batch-episodes", "0"], ["--batch-episodes"]), (["--eval-episodes", "0"], ["--eval-episodes"]), (["--learning-rate", "1"], ["--help"]),
     (["--lr", "fast"], ["--lr"]), (["--break", "everything"], ["no-baseline"]), (["--updates", "0"], ["--updates"]),
     (["--seed", "-1"], ["--seed"])])

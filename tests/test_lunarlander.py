@@ -530,7 +530,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--lr", "0"], ["--lr", "from 1e-09"]), (["--gamma", "1.01"], ["--gamma"]), (["--gae-lambda", "-1"], ["--gae-lambda"]),
+    (["--lr", "0"], ["--lr", "from 1e-12"]), (["--gamma", "1.01"], ["--gamma"]), (["--gae-lambda", "-1"], ["--gae-lambda"]),
     (["--clip-eps", "0"], ["--clip-eps"]), (["--update-epochs", "0"], ["--update-epochs"]), (["--num-envs", "0"], ["--num-envs"]), (["--steps", "1"], ["--help"]),
     (["--break", "all"], ["no-clip"]), (["--updates", "0"], ["--updates"]), (["--minibatch-size", "1"], ["--minibatch-size"]),
     (["--num-envs", "1", "--num-steps", "17", "--minibatch-size", "16"], ["one row"]), (["--updates", "20000"], ["--updates", "seeds"])])

@@ -1238,7 +1238,7 @@ def test_bad_config_files_are_refused(text, words, judges, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [("sead: 1", ["--sead"]), ("part_1:\n  epoch: 1", ["--epoch"]), ("part_1: x", ["keys and values"]), ("seed: 1.5", ["seed", "int"]),
-                                         ("- 1", ["keys and values"]), ("part_1:\n  lr: 0", ["--lr", "from 1e-09"])])
+                                         ("- 1", ["keys and values"]), ("part_1:\n  lr: 0", ["--lr", "from 1e-12"])])
 def test_bad_config_files_are_refused_in_part_1(text, words, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     assert_one_line_error(call(reward, "--config", tmp_path / "c.yaml", "--quiet", "--out", tmp_path / "o"), *words)
@@ -1253,7 +1253,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
     (["--skip-reward-training", "--only-reward-model"], ["--skip-reward-training", "not allowed"]),
     (["--break", "x"], ["cold-baseline"]), (["--break", "cold-baseline", "--estimator", "rloo"], ["cold-baseline"]),
     (["--resume", "nowhere"], ["config.json"]), (["--resume", "."], ["config.json"]), (["--resume", ".", "--smoke"], ["--resume"]), (["--resume", ".", "--lr", "1"], ["--resume"]),
-    (["--resume", ".", "--skip-reward-training"], ["--resume"]), (["--lr", "0"], ["--lr", "from 1e-09"]),
+    (["--resume", ".", "--skip-reward-training"], ["--resume"]), (["--lr", "0"], ["--lr", "from 1e-12"]),
     (["--temperature", "0"], ["--temperature"]), (["--kl-coef", "-1"], ["--kl-coef"]), (["--kl-coef", "nan"], ["--kl-coef"]),
     (["--repetition-penalty", "0.5"], ["--repetition-penalty"]),
     (["--gamma", "1.5"], ["--gamma"]), (["--stepz", "1"], ["--help"]), (["--lr", "fast"], ["--lr", "--help"]),
@@ -1265,7 +1265,7 @@ def test_trainer_refuses_bad_values(arguments, words, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--level", "3"], ["--level", "1, 2"]), (["--break", "x"], ["upper-triangle"]), (["--break", "upper-triangle"], ["--level 2"]), (["--lr", "0"], ["--lr", "from 1e-09"]),
+    (["--level", "3"], ["--level", "1, 2"]), (["--break", "x"], ["upper-triangle"]), (["--break", "upper-triangle"], ["--level 2"]), (["--lr", "0"], ["--lr", "from 1e-12"]),
     (["--validation-split", "1"], ["--validation-split", "to 0.9"]), (["--epochs", "0"], ["--epochs"]), (["--stepz", "1"], ["--help"]), (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     (["--model", "no/such/model"], ["no/such/model", "loaded"]), (["--max-length", "300"], ["--max-length", "context"]),
     pytest.param(["--device", "cuda"], ["--device", "cuda", "cpu"], marks=needs_no_gpu)])

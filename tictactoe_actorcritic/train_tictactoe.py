@@ -84,12 +84,12 @@ class Config:
     games: int = hp(1024, "B, games per update. Too low: a lucky game teaches a bad move. Too "
                     "high: few updates a minute", low=2, high=1_000_000)
     lr: float = hp(3e-3, "α, Adam's step size, falls to 0 during the run. Too high: entropy drops "
-                   "at once and mistakes freeze. Too low: losing lines are left", low=1e-9)
+                   "at once and mistakes freeze. Too low: losing lines are left", low=1e-12)
     ent_coef: float = hp(0.2, "c_e, entropy bonus, falls to 0 during the run. Too low: stops "
                          "looking for better moves. Too high: never commits", low=0)
     vf_coef: float = hp(0.5, "c_v, weight of the critic's loss. Adam ignores a constant factor; "
                         "it only shares out max_grad_norm between actor and critic", low=0)
-    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", low=1e-9)
+    max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", low=1e-12)
     opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare "
                                 "replies never occur. 1: setting traps wins most", low=0, high=1)
     exploring_starts: float = hp(1.0, "share of games that start from a random position, with any "
