@@ -229,13 +229,14 @@ def main():
             for kind, number, old, new, _ in chosen:
                 print(f"{lesson} {number} [{kind}]\n  - {old}\n  + {new}")
             continue
+        reasons = harmless.get(lesson, {})
         file = keep / f"{lesson}.json"
         known = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
 
         def judge(one):
             kind, number, old, new, text = one
             key = f"{old}  ->  {new}"
-            if key not in known:
+            if key not in known or not (known[key] or key in reasons):         # one that slipped through is tried again
                 copy = copies.pop()
                 known[key] = notice(copy, lesson, text, args.timeout)
                 copies.append(copy)
@@ -246,7 +247,6 @@ def main():
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
             verdicts = list(pool.map(judge, chosen))
         missed = [f"{old}  ->  {new}" for (_, _, old, new, _), verdict in zip(chosen, verdicts) if not verdict]
-        reasons = harmless.get(lesson, {})
         slipped = [key for key in missed if key not in reasons]
         table.append(f"| {lesson} | {len(chosen)} | {len(chosen) - len(missed)} | {len(missed) - len(slipped)} | {len(slipped)} |")
         for key in slipped:
