@@ -95,6 +95,21 @@ def test_environment_is_a_gymnasium_environment():
     assert text.render() == "X . .\n. O .\n. . ."
 
 
+def test_the_drawing_shows_x_for_the_first_player_whoever_is_to_move():
+    env = train.TicTacToeEnv(render_mode="ansi")
+    env.reset()
+    seen = []
+    for square in (0, 4, 8):
+        env.step(square)
+        seen.append(env.render())
+    assert seen == ["X . .\n. . .\n. . .", "X . .\n. O .\n. . .", "X . .\n. O .\n. . X"]
+
+
+def test_faults_adds_up_both_sides():
+    first, second = dict(lost=3, worse_than_minimax=5), dict(lost=4, worse_than_minimax=7)
+    assert train.faults(dict(first=first, second=second, all_positions_worse_than_minimax=20)) == (7, 12, 20)
+
+
 def test_views_are_the_eight_symmetries():
     views = [tuple(view) for view in train.VIEWS.tolist()]
     assert len(set(views)) == 8 and all(sorted(view) == list(range(9)) for view in views)

@@ -255,6 +255,8 @@ def moments(name, every, work, rng):
             else:
                 problem = refusal(status, output)
                 if kind == "directory gone":
+                    if status == 0 and int(output.split(" operations")[0].split()[-1]) < at:
+                        continue                          # the run had fewer such operations, and nothing happened
                     problem = problem or ("the directory was made anew" if out.exists() else "")
                     yield kind, problem and where + problem
                     continue
