@@ -510,6 +510,7 @@ def main():
     device = torch.device("cpu" if args.device == "auto" else args.device)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / name
+    # The lock is held until this process ends
     args.lock = open_directory(out, config)
 
     log = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
@@ -536,7 +537,9 @@ if __name__ == "__main__":
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
     except Exception as problem:
-        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors
+        # have their own words for it) and for a gradient that is not finite. All else is a mistake
+        # of ours: its traceback is wanted
         refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
         if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
             raise

@@ -892,7 +892,8 @@ def load_checkpoint(out, policy, optimizer, processes):
     if not path.exists():
         return dict(update=0, rows=[], clock=[], processes=processes)
     with contextlib.suppress(Exception):              # torch raises many kinds; the remedy is one
-        # A pipe would never end; and torch.load does not look at the checksums in the file
+        # A pipe would never end, torch.load does not look at the checksums in the file, and dict()
+        # refuses what is no dictionary
         assert path.is_file() and zipfile.ZipFile(path).testzip() is None
         saved = dict(torch.load(path, map_location="cpu", weights_only=True))
         torch.set_rng_state(saved["rng"])             # only --break dropout-on uses this stream
@@ -1028,6 +1029,7 @@ def main():
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
     if accelerator.is_main_process:
+        # The lock is held until this process ends
         args.lock = open_directory(out, config, bool(args.resume))
 
     loud = accelerator.is_main_process and not args.quiet
@@ -1065,7 +1067,9 @@ if __name__ == "__main__":
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
     except Exception as problem:
-        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors
+        # have their own words for it) and for a gradient that is not finite. All else is a mistake
+        # of ours: its traceback is wanted
         refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
         if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
             raise

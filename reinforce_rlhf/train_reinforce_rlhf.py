@@ -866,7 +866,8 @@ def load_checkpoint(out, policy, optimizer, processes):
     if not path.exists():
         return dict(update=0, baseline=None, rows=[], clock=[], processes=processes)
     with contextlib.suppress(Exception):              # torch raises many kinds; the remedy is one
-        # A pipe would never end; and torch.load does not look at the checksums in the file
+        # A pipe would never end, torch.load does not look at the checksums in the file, and dict()
+        # refuses what is no dictionary
         assert path.is_file() and zipfile.ZipFile(path).testzip() is None
         saved = dict(torch.load(path, map_location="cpu", weights_only=True))
         policy.load_state_dict(saved["policy"])
@@ -1029,6 +1030,7 @@ def main():
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / broadcast_object_list([name])[0]    # one for all processes
     if accelerator.is_main_process:
+        # The lock is held until this process ends
         args.lock = open_directory(out, config, bool(args.resume))
     loud = accelerator.is_main_process and not args.quiet
     log = tqdm.write if loud else lambda text: None
@@ -1070,7 +1072,9 @@ if __name__ == "__main__":
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
     except Exception as problem:
-        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors
+        # have their own words for it) and for a gradient that is not finite. All else is a mistake
+        # of ours: its traceback is wanted
         refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
         if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
             raise

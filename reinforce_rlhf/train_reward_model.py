@@ -711,6 +711,7 @@ def main():
     transformers.logging.disable_progress_bar()
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_seed{config.seed}" + "_smoke" * args.smoke
     out = args.out or HERE / "runs" / name
+    # The lock is held until this process ends
     args.lock = make_directory(out, config)
     log = (lambda text: None) if args.quiet else tqdm.write
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -739,7 +740,9 @@ if __name__ == "__main__":
     except BrokenPipeError:                           # whoever read our output (head) has gone
         os._exit(1)
     except Exception as problem:
-        # One line for what the machine refuses: a file, the disk, memory. Else it is our mistake
+        # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors
+        # have their own words for it) and for a gradient that is not finite. All else is a mistake
+        # of ours: its traceback is wanted
         refused = isinstance(problem, (OSError, MemoryError, UnicodeError, FloatingPointError))
         if not refused and not re.search("enforce|I/O error|of memory|Parent dir", str(problem)):
             raise

@@ -1,6 +1,6 @@
 """Do the tests notice a wrong line? Plants one mistake at a time in the first reading of a trainer and runs that lesson's quick tests.
 
-    python tests/mutants.py                            all lessons, 40 mistakes each: an hour or two on two cores
+    python tests/mutants.py                            all lessons, 40 mistakes each: hours
     python tests/mutants.py --only cartpole --count 10
     python tests/mutants.py --only spo --list          shows the mistakes, runs nothing
     python tests/mutants.py --keep DIR                 keeps each verdict; called again, it goes on with those that are missing

@@ -1,7 +1,7 @@
 """LunarLander: this collection's PPO against what a user would take instead, one process, same threads, same kind of evaluation.
 
     python tests/benchmarks/bench_lunarlander.py          three seeds each, about half an hour; prints a Markdown table
-    python tests/benchmarks/bench_lunarlander.py --quick  one seed, each ends at its 200, without CleanRL's settings: about three minutes
+    python tests/benchmarks/bench_lunarlander.py --quick  one seed, each ends at its 200, without CleanRL's settings: four minutes
     pip install sbx-rl envpool                            for the rows of SBX and EnvPool; without them they are left out
                                                           (measured: sbx-rl 0.28.0, jax 0.10.2, envpool 1.2.5)
 

@@ -2,7 +2,7 @@
 
 And asks what the base model knows already: the test problems, with the sentence "I see it at once." forbidden, so that it has to write its working.
 
-    python tests/benchmarks/count_kl_bernoulli.py         two minutes; prints the figures that the lesson's README quotes
+    python tests/benchmarks/count_kl_bernoulli.py         a minute; prints the figures that the lesson's README quotes
 """
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
 """All benchmarks, one after the other, and one Markdown table of them.
 
-    python tests/benchmarks/run_all.py --quick                  ten minutes on two idle cores
-    python tests/benchmarks/run_all.py --out RESULTS.md         the committed table, about an hour
-    python tests/benchmarks/run_all.py --model DIR …            and a real model (tests/real/smollm2.py), another hour
+    python tests/benchmarks/run_all.py --quick                  fewer seeds and steps
+    python tests/benchmarks/run_all.py --out RESULTS.md         the committed table; without LunarLander 15 minutes on two idle cores
+    python tests/benchmarks/run_all.py --model DIR …            and a real model (tests/real/smollm2.py), 20 minutes more
     python tests/benchmarks/run_all.py --keep DIR …             keeps each result; called again, it goes on with those that are missing
 
 Each benchmark times its contenders in turns, in one run, so its ratios hold on a busy machine too; its seconds do not. "Floor" is what nothing that learns
@@ -68,7 +68,7 @@ def line(found, measure):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: ten minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps")
     parser.add_argument("--model", metavar="DIR", help="also the language-model lessons on this model")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads in the language-model lessons (default 2)")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="these benchmarks only")

@@ -1,6 +1,6 @@
 """LunarLander: does a second process that flies half of the landers make training faster? Three ways, in turns, one thread each.
 
-    python tests/benchmarks/two_processes_lunarlander.py      two minutes on two idle cores; prints a Markdown table
+    python tests/benchmarks/two_processes_lunarlander.py      a minute on two idle cores; prints a Markdown table
 
     one process         the trainer
     step by step        a worker steps half of the landers; the observations of every step cross a pipe. The same digits as one process

@@ -1,6 +1,6 @@
 """What happens to a run when the machine lets it down: every moment of writing, every file of a run, two runs at once.
 
-    python tests/faults/campaign.py                        all trainers, every moment: half an hour on two cores; prints a Markdown table
+    python tests/faults/campaign.py                        all trainers, every moment; prints a Markdown table
     python tests/faults/campaign.py --only spo --every 5   one trainer, every fifth moment
 
 A tiny run of the real script, in a forked process that has PyTorch already. Its file operations are counted; then the same run is made again and again, and

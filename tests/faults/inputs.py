@@ -1,6 +1,6 @@
 """Nonsense for every script: argument lists, lines at the prompt, files of data and settings.
 
-    python tests/faults/inputs.py                       10,000 argument lists per script, and so on: half an hour; prints a Markdown table
+    python tests/faults/inputs.py                       10,000 argument lists per script, and so on; prints a Markdown table
     python tests/faults/inputs.py --share .02           the same for a fiftieth of them
 
 Everything runs in this process, through the script's own main(), until its first real work. It must take the input, or refuse it in one line with exit
