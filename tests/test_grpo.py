@@ -516,6 +516,15 @@ def test_what_a_batch_is_described_by():
     assert row == pytest.approx(dict(reward=2.0, reward_std=2 ** 0.5 / 2, frac_reward_zero_std=0.5, kl=0.5, entropy=11 / 8, completion_length=2.0, cut_off_ratio=0.25))
 
 
+def test_the_longest_prompt_and_an_answer_may_fill_the_context():
+    tokenizer, policy, question = byte_tokenizer(), MODELS["gpt2"], "x" * 30
+    judge = tiny_judge(), lambda text: tokenizer(text)
+    room = min(map(train.context_of, (policy, judge[0]))) - train.prompt_tokens(tokenizer, [question])[0].shape[1]
+    assert train.load_prompts(train.Config(prompt=question, max_new_tokens=room), policy, tokenizer, judge) == [question]
+    with pytest.raises(SystemExit):
+        train.load_prompts(train.Config(prompt=question, max_new_tokens=room + 1), policy, tokenizer, judge)
+
+
 def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
     batches, checkpoints, modes, collect, save_checkpoint, update = [], [], [], train.collect, train.save_checkpoint, train.update
     monkeypatch.setattr(train, "collect", lambda *given: batches.append((collect(*given), given[-2])) or batches[-1][0])

@@ -494,6 +494,22 @@ def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
     assert rows[0]["q0_used"] == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_ends_a_run_that_does_not_get_better(patience, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    monkeypatch.setattr(train, "evaluate", lambda *_: dict(tv=0.5, kl=0.5, invalid_mass=0.5, mean_distance=7.0, optimal_mean_distance=1.0))
+    config = train.Config(epochs=9, samples=16, batch_size=16, patience=patience)
+    _, _, result = train.train(config, tmp_path, Accelerator(cpu=True), lambda *text: None)
+    assert result["epochs"] == 1 + patience                                    # the first one is the best
+
+
+def test_what_is_random_follows_the_seed(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    monkeypatch.setattr(train, "load_policy", lambda config: 1 / (torch.initial_seed() == 5))          # an untrained model is random
+    with pytest.raises(TypeError):                                              # 1.0 is no model; with another seed: ZeroDivisionError
+        train.train(train.Config(seed=5), tmp_path, Accelerator(cpu=True))
+
+
 def test_the_reference_is_frozen(tmp_path, monkeypatch):
     kept = {}
 
