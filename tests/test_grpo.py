@@ -525,6 +525,24 @@ def test_the_longest_prompt_and_an_answer_may_fill_the_context():
         train.load_prompts(train.Config(prompt=question, max_new_tokens=room + 1), policy, tokenizer, judge)
 
 
+@pytest.mark.parametrize("more, sep, template, kind", [(1, "[SEP]", None, "pair"), (0, "[SEP]", None, "text"), (1, None, None, "text"), (1, "[SEP]", "{{ messages }}", "chat")])
+def test_the_form_in_which_a_reward_model_reads_is_guessed_from_its_tokenizer(more, sep, template, kind):
+    tokenizer = SimpleNamespace(chat_template=template, sep_token=sep, num_special_tokens_to_add=lambda pair: 2 + more * pair)
+    assert train.guess_reward_input(tokenizer) == kind
+
+
+def test_a_prompt_ends_without_the_end_token_that_some_tokenizers_add():
+    class Tokenizer:
+        chat_template, eos_token_id, added = None, 2, [2]
+
+        def __call__(self, text):
+            return dict(input_ids=[len(word) + 10 for word in text.split()] + self.added)
+
+    for Tokenizer.added in ([], [2]):
+        ids, mask = train.prompt_tokens(Tokenizer(), ["a bb ccc", "dd"])
+        assert ids.tolist() == [[11, 12, 13], [2, 2, 12]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
 def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch):
     batches, checkpoints, modes, collect, save_checkpoint, update = [], [], [], train.collect, train.save_checkpoint, train.update
     monkeypatch.setattr(train, "collect", lambda *given: batches.append((collect(*given), given[-2])) or batches[-1][0])
