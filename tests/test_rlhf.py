@@ -1116,6 +1116,27 @@ def test_the_training_loop_keeps_its_books(estimator, group, judges, tmp_path, m
         baseline = 0.9 * baseline + 0.1 * one.mean().item()
 
 
+def test_the_training_loop_of_the_reward_model_keeps_its_books(tmp_path, monkeypatch):
+    rates, terms, lines, update = [], [], [], reward.update_on_pairs
+
+    def watched(config, model, optimizer, *batch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        terms.append(update(config, model, optimizer, *batch))
+        return terms[-1]
+
+    monkeypatch.setattr(reward, "update_on_pairs", watched)
+    config = reward.Config(model="random", epochs=25, batch_size=4, seed=3)
+    _, _, result = reward.train(config, tmp_path, torch.device("cpu"), lines.append)
+    rows, clock = rows_of(tmp_path / "metrics.csv"), rows_of(tmp_path / "timing.csv")
+    assert len(rows) == len(clock) == len(terms) == result["updates"] > 20 and 0 < result["train_seconds"] == pytest.approx(sum(row["seconds"] for row in clock), rel=1e-2)
+    assert [row["update"] for row in rows] == [row["update"] for row in clock] == list(range(1, len(rows) + 1))
+    assert rates == pytest.approx([reward.step_size(config.lr, number, len(rows)) for number in range(1, len(rows) + 1)])
+    for row, rate, one in zip(rows, rates, terms):
+        assert row["lr"] == pytest.approx(rate, rel=1e-4) and all(row[name] == pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in one.items())
+    assert not any("left out" in line for line in lines)                     # no answers are equal
+    assert len(lines) == 2 + len(rows) // (len(rows) // 10)                  # what there is, headings, ten lines or so
+
+
 def test_processes_share_the_prompts_and_never_a_random_stream():
     prompts, config = [f"prompt {k}" for k in range(50)], train.Config(batch_size=16, group_size=2)
     alone, _ = train.choose(config, types.SimpleNamespace(num_processes=1, process_index=0), prompts, 7)
