@@ -1137,6 +1137,20 @@ def test_the_training_loop_of_the_reward_model_keeps_its_books(tmp_path, monkeyp
     assert len(lines) == 2 + len(rows) // (len(rows) // 10)                  # what there is, headings, ten lines or so
 
 
+def test_parts_hold_answers_of_similar_length_without_their_padding():
+    lengths, prompts = torch.tensor([5, 1, 7, 2, 6, 3, 4]), torch.tensor([1, 4, 2, 3, 2, 2, 1])
+    mask, prompt_mask = (torch.arange(9) < lengths[:, None]).float(), (torch.arange(6) >= 6 - prompts[:, None]).long()
+    ids = torch.arange(63).view(7, 9)
+    batch = dict(prompt_ids=prompt_mask * 8, prompt_mask=prompt_mask, completion_ids=ids, completion_mask=mask, advantages=lengths / 10)
+    found = list(train.parts_by_length(batch, 3))
+    assert [rows.tolist() for rows, _ in found] == [[1, 3, 5], [6, 0, 4], [2]]
+    for rows, part in found:
+        width, asked = int(lengths[rows].max()), int(prompts[rows].max())
+        assert torch.equal(part["completion_ids"], ids[rows, :width]) and torch.equal(part["completion_mask"], mask[rows, :width])
+        assert torch.equal(part["prompt_mask"], prompt_mask[rows, 6 - asked:]) and part["prompt_ids"].shape == part["prompt_mask"].shape
+        assert torch.equal(part["advantages"], lengths[rows] / 10)
+
+
 def test_processes_share_the_prompts_and_never_a_random_stream():
     prompts, config = [f"prompt {k}" for k in range(50)], train.Config(batch_size=16, group_size=2)
     alone, _ = train.choose(config, types.SimpleNamespace(num_processes=1, process_index=0), prompts, 7)
