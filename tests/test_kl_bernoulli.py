@@ -1,4 +1,5 @@
 """Bernoulli-KL on GSM8K: losses and gradients against float64 and TRL; the verifier on all official answers; processes, resume, bad input."""
+import copy
 import csv
 import itertools
 import json
@@ -671,6 +672,43 @@ def test_the_training_loop_keeps_its_books(tmp_path, monkeypatch, data):
             batch["completion_mask"].sum().item() / 8, rel=1e-4)
     shown = [line for line in lines if "\n    -> " in line]
     assert shown == [f"{sampled[k][2][0].question}\n    -> {sampled[k][1][0]}" for k in (1, 3, 5, 6)]
+
+
+def test_any_token_of_the_vocabulary_may_be_the_end(monkeypatch):
+    monkeypatch.setattr(train, "turn_end", lambda tokenizer: None)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=10), generation_config=SimpleNamespace(eos_token_id=[0, 9, 10, -1]))
+    tokenizer = SimpleNamespace(eos_token_id=3)
+    assert train.end_tokens(model, tokenizer) == [0, 3, 9]
+
+
+def test_two_processes_with_the_same_answers_take_the_step_of_one(tmp_path, monkeypatch, data):
+    caught, update = [], train.update
+
+    def watched(config, accelerator, policy, optimizer, batch):
+        caught.append((config, accelerator, copy.deepcopy(policy), batch))
+        return update(config, accelerator, policy, optimizer, batch)
+
+    monkeypatch.setattr(train, "update", watched)
+    train.train(train.Config(data=str(data), updates=1, batch_size=64, group_size=8, max_new_tokens=30, eval_problems=2, seed=3), tmp_path, Accelerator(cpu=True), lambda *text: None)
+    config, accelerator, policy, batch = caught[0]
+
+    class Two:
+        """The first of two processes whose batches are equal: sums over both are twice its own, means are its own."""
+        num_processes = 2
+
+        def __getattr__(self, name):
+            return getattr(accelerator, name)
+
+        def reduce(self, tensor, how):
+            return 2 * tensor if how == "sum" else tensor
+
+    stepped = []
+    for one in (accelerator, Two()):
+        model = copy.deepcopy(policy)
+        found = update(replace(config, max_grad_norm=1e9), one, model, torch.optim.SGD(model.parameters(), lr=1.0), batch)
+        stepped.append((torch.cat([value.flatten() for value in model.state_dict().values()]), found))
+    start = torch.cat([value.flatten() for value in policy.state_dict().values()])
+    assert not torch.equal(stepped[0][0], start) and torch.allclose(stepped[0][0], stepped[1][0], atol=1e-6)
 
 
 def test_parts_hold_answers_of_similar_length_without_their_padding():

@@ -1,5 +1,6 @@
 """REINFORCE for RLHF: losses, gradients and advantages against TRL and enumeration; the sampler against the model's own distribution; data, processes, resume, bad input."""
 import ast
+import copy
 import csv
 import itertools
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -1135,6 +1137,36 @@ def test_the_training_loop_of_the_reward_model_keeps_its_books(tmp_path, monkeyp
         assert row["lr"] == pytest.approx(rate, rel=1e-4) and all(row[name] == pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in one.items())
     assert not any("left out" in line for line in lines)                     # no answers are equal
     assert len(lines) == 2 + len(rows) // (len(rows) // 10)                  # what there is, headings, ten lines or so
+
+
+def test_two_processes_with_the_same_answers_take_the_step_of_one(tmp_path, monkeypatch, judges):
+    caught, update = [], train.update
+
+    def watched(config, accelerator, policy, optimizer, batch):
+        caught.append((config, accelerator, copy.deepcopy(policy), batch))
+        return update(config, accelerator, policy, optimizer, batch)
+
+    monkeypatch.setattr(train, "update", watched)
+    train.train(train.Config(reward_model=str(judges[1]), updates=1, batch_size=4, group_size=1, max_new_tokens=8, seed=3), tmp_path, Accelerator(cpu=True), lambda *text: None)
+    config, accelerator, policy, batch = caught[0]
+
+    class Two:
+        """The first of two processes whose batches are equal: sums over both are twice its own, means are its own."""
+        num_processes = 2
+
+        def __getattr__(self, name):
+            return getattr(accelerator, name)
+
+        def reduce(self, tensor, how):
+            return 2 * tensor if how == "sum" else tensor
+
+    stepped = []
+    for one in (accelerator, Two()):
+        model = copy.deepcopy(policy)
+        found = update(replace(config, max_grad_norm=1e9), one, model, torch.optim.SGD(model.parameters(), lr=1.0), batch)
+        stepped.append((torch.cat([value.flatten() for value in model.state_dict().values()]), found))
+    start = torch.cat([value.flatten() for value in policy.state_dict().values()])
+    assert not torch.equal(stepped[0][0], start) and torch.allclose(stepped[0][0], stepped[1][0], atol=1e-6)
 
 
 def test_parts_hold_answers_of_similar_length_without_their_padding():
