@@ -711,6 +711,28 @@ def test_two_processes_with_the_same_answers_take_the_step_of_one(tmp_path, monk
     assert not torch.equal(stepped[0][0], start) and torch.allclose(stepped[0][0], stepped[1][0], atol=1e-6)
 
 
+def test_a_process_without_right_answers_takes_part_with_a_gradient_of_zero(tmp_path, monkeypatch, data):
+    """The other one has three right answers, and waits for an exchange of gradients."""
+    caught, update = [], train.update
+    monkeypatch.setattr(train, "update", lambda *given: caught.append(given) or update(*given))
+    train.train(train.Config(data=str(data), method="kl_correct", updates=1, batch_size=8, max_new_tokens=8, eval_problems=2), tmp_path, Accelerator(cpu=True), lambda *text: None)
+    config, accelerator, policy, optimizer, batch = caught[0]
+
+    class Other:
+        num_processes = 2
+
+        def __getattr__(self, name):
+            return getattr(accelerator, name)
+
+        def reduce(self, tensor, how):
+            return tensor + 3
+
+    steps, backward = [], accelerator.backward
+    monkeypatch.setattr(accelerator, "backward", lambda loss: steps.append(loss.item()) or backward(loss))
+    found = update(config, Other(), policy, optimizer, batch | dict(rewards=torch.zeros(8)))
+    assert steps == [0.0] and found["trained"] == found["correct"] == 3 and found["grad_norm"] == 0
+
+
 def test_parts_hold_answers_of_similar_length_without_their_padding():
     lengths, prompts = torch.tensor([5, 1, 7, 2, 6, 3, 4]), torch.tensor([1, 4, 2, 3, 2, 2, 1])
     mask, prompt_mask = (torch.arange(9) < lengths[:, None]).float(), (torch.arange(6) >= 6 - prompts[:, None]).long()
