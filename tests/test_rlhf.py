@@ -1139,6 +1139,18 @@ def test_the_training_loop_of_the_reward_model_keeps_its_books(tmp_path, monkeyp
     assert len(lines) == 2 + len(rows) // (len(rows) // 10)                  # what there is, headings, ten lines or so
 
 
+def test_what_no_kl_changes_and_nothing_else_does():
+    config = train.Config(kl_coef=0.3)
+    assert train.broken_config(config) == config
+    assert train.broken_config(replace(config, broken="no-kl")) == replace(config, broken="no-kl", kl_coef=0.0)
+    assert train.broken_config(replace(config, broken="cold-baseline")) == replace(config, broken="cold-baseline")
+
+
+@pytest.mark.parametrize("texts, share", [(["a b"], 1), (["a b", "a b"], 1), (["a b a b"], 2 / 3), (["a a a a a"], 1 / 4), (["a"], 0), ([""], 0), (["a b c", "a a a"], 3 / 4)])
+def test_distinct2_examples(texts, share):
+    assert train.distinct2(texts) == pytest.approx(share)
+
+
 def test_two_processes_with_the_same_answers_take_the_step_of_one(tmp_path, monkeypatch, judges):
     caught, update = [], train.update
 
