@@ -812,6 +812,7 @@ def test_what_the_broken_variants_break():
     inside = prompt["old_logprobs"][:, right["prompt_ids"].shape[1] - 1:]
     torch.testing.assert_close(inside, right["old_logprobs"], atol=1e-3, rtol=0)     # the answers themselves are scored as before
     assert torch.equal(batches["no-group-mean"]["advantages"], right["rewards"]) and abs(right["advantages"].view(2, 4).mean(dim=1)).max() < 1e-6
+    assert all(train.broken_config(train.Config(broken=name)) == train.Config(broken=name) for name in ("", "no-eos-mask", "no-group-mean"))
     assert train.broken_config(train.Config(broken="no-kl")).kl_coef == 0 and train.broken_config(train.Config(broken="wrong-kl")).kl == "wrong"
 
 
