@@ -604,6 +604,14 @@ def test_two_processes_with_the_same_answers_take_the_step_of_one(tmp_path, monk
     assert not torch.equal(stepped[0][0], start) and torch.allclose(stepped[0][0], stepped[1][0], atol=1e-6)
 
 
+@each_model
+def test_every_layer_of_the_cache_has_room_for_more_tokens(model, monkeypatch):
+    started, read_once = [], train.read_once
+    monkeypatch.setattr(train, "read_once", lambda *given: started.append(read_once(*given)) or started[-1])
+    train.generate(model, PROMPTS, PROMPT_MASK, 2, 3, 1.0, [2], torch.Generator().manual_seed(0))
+    assert {type(layer) for layer in started[0].past_key_values.layers} == {train.RoomyLayer}
+
+
 def test_parts_hold_answers_of_similar_length_without_their_padding():
     lengths, prompts = torch.tensor([5, 1, 7, 2, 6, 3, 4]), torch.tensor([1, 4, 2, 3, 2, 2, 1])
     mask, prompt_mask = (torch.arange(9) < lengths[:, None]).float(), (torch.arange(6) >= 6 - prompts[:, None]).long()
