@@ -632,6 +632,7 @@ def test_processes_share_the_prompts_and_never_a_random_stream():
     both = [train.choose(config, SimpleNamespace(num_processes=2, process_index=rank), prompts, 7) for rank in (0, 1)]
     assert both[0][0] + both[1][0] == alone and len(set(alone)) == 8
     assert both[0][1].initial_seed() + 1 == both[1][1].initial_seed()
+    assert sorted(train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts[:8], 7)[0]) == prompts[:8]          # each once
     assert train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts, 7)[0] == alone
     assert train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts[:4], 7)[0] and train.choose(config, SimpleNamespace(num_processes=1, process_index=0), prompts, 8)[0] != alone
 
