@@ -1139,6 +1139,43 @@ def test_the_training_loop_of_the_reward_model_keeps_its_books(tmp_path, monkeyp
     assert len(lines) == 2 + len(rows) // (len(rows) // 10)                  # what there is, headings, ten lines or so
 
 
+@pytest.mark.parametrize("number, share", [(1, 0.2), (3, 0.6 * (0.5 + 0.5 * math.cos(math.pi * 0.02))), (5, 0.5 + 0.5 * math.cos(math.pi * 0.04)), (51, 0.5), (101, 0.0)])
+def test_the_reward_models_step_size_rises_and_then_falls_like_a_cosine(number, share):
+    assert reward.step_size(3.0, number, 100) == pytest.approx(3 * share)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_update_of_the_reward_model_reports_what_it_saw_and_limits_its_gradient(level, tmp_path):
+    model, tokenizer = byte_classifier(tmp_path, level, None)
+    model.requires_grad_(True)
+    texts = train.judged_tokens(tokenizer, ["Why?"] * 6, ["a", "bb", "c?", "a longer one", "e", "f!"], 128)
+    ids, mask = reward.pad_right(texts, model.config.pad_token_id)
+    logits = model(input_ids=ids, attention_mask=mask).logits.detach()
+    chosen, rejected = train.reward_from_logits(logits).chunk(2)
+    config = reward.Config(level=level, max_grad_norm=0.01)
+    terms = reward.update_on_pairs(config, model, torch.optim.SGD(model.parameters(), lr=1.0), ids, mask, False)
+    assert terms["loss"] == pytest.approx(reward.pair_loss(*logits.chunk(2), config.center).mean().item(), rel=1e-4)
+    assert terms["margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-5)
+    assert terms["mean_reward"] == pytest.approx(torch.cat([chosen, rejected]).mean().item(), rel=1e-4)
+    assert terms["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_reward_models_console_shows_means_of_the_last_updates():
+    rows, clock = [dict(update=k, loss=float(k)) for k in range(1, 6)], [dict(update=k, seconds=10.0 * k) for k in range(1, 6)]
+    assert reward.recent(rows, clock, 2) == dict(update=5, loss=4.5, seconds=45.0)
+
+
+def test_a_pair_is_as_long_as_its_longer_answer_and_what_is_random_follows_the_seed(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reward, "encode", lambda *_: ([[1, 2, 3], [1]], [[1], [1, 2]]))
+    monkeypatch.setattr(reward, "sample_batches", lambda lengths, *_: seen.append((lengths.tolist(), torch.initial_seed())) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reward.train(reward.Config(model="random", seed=5), tmp_path, torch.device("cpu"))
+    assert seen == [([3, 2], 5)]
+
+
 def test_what_no_kl_changes_and_nothing_else_does():
     config = train.Config(kl_coef=0.3)
     assert train.broken_config(config) == config
