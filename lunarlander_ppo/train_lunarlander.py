@@ -656,7 +656,8 @@ def resumed_run(given, args):
     try:
         path = args.out / "config.json"
         assert path.is_file() and path.stat().st_size < 1_000_000       # a pipe would never end
-        config = Config(**json.loads(path.read_text(encoding="utf8")))
+        # A field that the file lacks becomes None, which check() refuses
+        config = Config(**dict.fromkeys(asdict(Config())) | json.loads(path.read_text("utf8")))
     except Exception:                 # Python raises many kinds; the remedy is one
         fail(f"--resume {args.resume}: no run with a config.json of this version of the script")
     check(config)

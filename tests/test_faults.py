@@ -1,11 +1,13 @@
 """The campaigns of tests/faults in a short form: a few moments, files and inputs of each trainer. In full they run by hand; see tests/README.md."""
+import dataclasses
+import json
 import os
 import random
 import re
 import sys
 
 import pytest
-from conftest import REPO, run
+from conftest import REPO, assert_one_line_error, call, load, run
 
 if not hasattr(os, "fork"):
     pytest.skip("these campaigns fork processes", allow_module_level=True)
@@ -76,6 +78,16 @@ def test_arguments_are_taken_or_refused_in_one_line(script, tmp_path, monkeypatc
 def test_damaged_data_settings_and_lines_are_taken_or_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not inputs.files(60, tmp_path)[1] and not inputs.lines_at_the_prompt(600)[1]
+
+
+@pytest.mark.parametrize("script", [script for script, _, resumes in campaign.TRAINERS.values() if resumes])
+def test_a_configuration_that_lacks_a_field_is_refused(script, tmp_path):
+    """Its default would take its place, and the run would end with other results."""
+    module = load(script)
+    config = dataclasses.asdict(module.Config())
+    for missing in (["seed"], list(config)):
+        (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name not in missing}), encoding="utf8")
+        assert_one_line_error(call(module, "--resume", tmp_path), "must be of type", "None")
 
 
 def code_of(pattern="*/*.py"):
