@@ -72,9 +72,10 @@ def collect(envs, policy, generator, greedy=False):
     rewards_buffer = np.zeros((MAX_STEPS, N), np.float32)
     mask_buffer = np.zeros((MAX_STEPS, N), np.float32)
     device = next(policy.parameters()).device
-    # The same as Categorical(logits=logits).sample(), several times faster. The Gumbel-max trick:
-    # argmax(logits + Gumbel noise) is a sample from softmax(logits), and minus the logarithm of an
-    # exponential random number is Gumbel noise. All of it is made beforehand.
+    # The same as Categorical(logits=logits).sample(), several times faster (Gumbel-max trick). Let
+    # l_a be the logits and E_a exponential random numbers. Then E_a/e^l_a are waiting times with
+    # rates e^l_a, and a comes first with probability e^l_a / Σ e^l, the softmax. The smallest
+    # E_a/e^l_a has the largest l_a − log E_a. The noise −log E is made beforehand.
     exponential = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
     noise = -exponential.log().to(device)                               # [MAX_STEPS, N, 2]
     obs, _ = envs.reset()
@@ -211,6 +212,7 @@ def plot_curve(path, rows, config):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     episodes = [int(row["episodes"]) for row in rows]
     returns = np.array([float(row["return_mean"]) for row in rows])
     smooth = [returns[max(0, i - 4):i + 1].mean() for i in range(len(returns))]
@@ -222,18 +224,18 @@ def plot_curve(path, rows, config):
     top.plot(episodes, returns, alpha=0.4, label="mean of the batch (band: worst and best episode)")
     top.plot(episodes, smooth, color="C0", linewidth=2.5, label="last 5 batches")
     top.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
-    top.axhline(SAMPLED_TARGET, color="C2", linestyle="--", label="target")
+    top.axhline(SAMPLED_TARGET, color="C8", linestyle="--", label="target")
     broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
-    top.set(ylabel="return", ylim=(0, 520),
+    top.set(ylabel="return", ylim=(0, 690), yticks=range(0, 501, 100),
             title=f"REINFORCE on CartPole-v1, seed {config['seed']}{broken}")
-    top.legend(loc="upper left", fontsize=8)
+    top.legend(loc="upper left", fontsize=9, ncols=2)
     updated = [row for row in rows if row["loss"]]            # the last batch may only be judged
-    for key, colour, label in (("return_to_go_std", "C3", "std of G"),
+    for key, colour, label in (("return_to_go_std", "C2", "std of G"),
                                ("advantage_std", "C4", "std of G − b")):
         bottom.plot([int(row["episodes"]) for row in updated],
                     [float(row[key]) for row in updated], color=colour, label=label)
-    bottom.set(xlabel="episodes", ylabel="what the baseline removes", ylim=(0, None))
-    bottom.legend(loc="upper left", fontsize=8)
+    bottom.set(xlabel="episodes", ylabel="without and with b", ylim=(0, None))
+    bottom.legend(loc="upper left", fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
@@ -262,10 +264,6 @@ def play(policy, mode, seed, episodes, sampled):
         terminated = truncated = False
         steps = 0
         while not (terminated or truncated):
-            if mode == "rgb_array" and steps % 2 == 0:
-                frame = Image.fromarray(env.render()).resize((300, 200), Image.Resampling.BOX)
-                ImageDraw.Draw(frame).text((6, 4), f"step {steps}", fill=(90, 90, 90))
-                frames.append(frame.quantize(colors=16))
             with torch.inference_mode():
                 probs = policy(torch.from_numpy(obs)).softmax(dim=-1)   # [2]
             if sampled:
@@ -274,6 +272,12 @@ def play(policy, mode, seed, episodes, sampled):
                 action = probs.argmax().item()
             obs, _, terminated, truncated, _ = env.step(action)
             steps += 1
+            if mode == "rgb_array" and (steps % 2 == 0 or terminated or truncated):
+                frame = Image.fromarray(env.render()).resize((300, 200), Image.Resampling.BOX)
+                text = f"fallen after {steps} steps" if terminated else f"step {steps}"
+                ImageDraw.Draw(frame).text((6, 4), text, fill=(60, 60, 60), font_size=16)
+                frames.append(frame.quantize(colors=16))
+        frames += frames[-1:] * 20                    # the last picture stays for a moment
         returns.append(steps)                                           # the reward is 1 per step
     env.close()
     return returns, frames
@@ -375,7 +379,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

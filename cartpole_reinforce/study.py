@@ -1,4 +1,4 @@
-"""Makes the tables and figures of README.md: trains ten seeds, then every broken variant.
+"""Makes tables and figures of the texts: trains ten seeds, then every broken variant.
 
     python study.py runs/study      65 runs, about four minutes: tables.md and two figures
 
@@ -83,13 +83,14 @@ def draw_learning_curve(runs, path):
     length = max(len(runs[NORMAL, 16, seed][0]) for seed in range(SEEDS))
     bundle = curves(runs, NORMAL, 16, SEEDS, length)
     episodes = 16 * np.arange(1, length + 1)
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     axes.plot(episodes, bundle.T, color="C0", alpha=0.25, linewidth=0.8)
     axes.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), alpha=0.12,
                       label="range of 10 seeds")
     axes.plot(episodes, np.median(bundle, axis=0), color="C0", linewidth=2.5, label="median")
     axes.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
-    axes.axhline(SAMPLED_TARGET, color="C2", linestyle="--", label="target")
+    axes.axhline(SAMPLED_TARGET, color="C8", linestyle="--", label="target")
     axes.set(xlabel="episodes", ylabel="mean return of the batch", ylim=(0, 520),
              title="REINFORCE on CartPole-v1")
     axes.legend(loc="lower right")
@@ -100,21 +101,27 @@ def draw_learning_curve(runs, path):
 def draw_variants(runs, breaks, path):
     from matplotlib import pyplot as plt
     from cartpole_eval import RANDOM_RETURN, SAMPLED_TARGET
-    figure, grid = plt.subplots(2, len(breaks), figsize=(13, 5.6), sharey=True,
+    plt.style.use("petroff10")
+    figure, grid = plt.subplots(len(breaks), 2, figsize=(8, 10), sharex="col", sharey=True,
                                 layout="constrained")
-    for row, (size, updates) in zip(grid, BUDGET.items()):
+    for column, (size, updates) in zip(grid.T, BUDGET.items()):
         episodes = size * np.arange(1, updates + 1)
-        for panel, name in zip(row, breaks):
-            for variant, colour in ((NORMAL, "C0"), (name, "C3")):
+        for panel, name in zip(column, breaks):
+            for variant, colour in ((NORMAL, "C0"), (name, "C2")):
                 bundle = curves(runs, variant, size, SEEDS_OF_VARIANTS, updates)
                 panel.fill_between(episodes, bundle.min(axis=0), bundle.max(axis=0), color=colour,
                                    alpha=0.12)
-                panel.plot(episodes, np.median(bundle, axis=0), color=colour, linewidth=2)
+                panel.plot(episodes, np.median(bundle, axis=0), color=colour, linewidth=2,
+                           label=variant)
             panel.axhline(RANDOM_RETURN, color="grey", linestyle=":")
-            panel.axhline(SAMPLED_TARGET, color="C2", linestyle="--")
-            panel.set(title=name, xlabel="episodes", ylim=(0, 520))
-        row[0].set_ylabel(f"return, {size} episodes per update")
-    figure.savefig(path, dpi=90)
+            panel.axhline(SAMPLED_TARGET, color="C8", linestyle="--")
+            panel.set(ylim=(0, 520))
+            panel.legend(loc="lower right", fontsize=9)
+        column[0].set_title(f"{size} episodes per update")
+        column[-1].set_xlabel("episodes")
+    for panel in grid[:, 0]:
+        panel.set_ylabel("return")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

@@ -4,7 +4,8 @@
     python train_cartpole.py --help    every hyperparameter, with the symptom of a wrong value
 
 The task: push a cart left or right, so that the pole on it does not fall. Each step earns 1. An
-episode ends when the pole falls, or after 500 steps. Its return is the sum of its rewards.
+episode ends when the pole falls, at the end of the track, or after 500 steps. Its return is the
+sum of its rewards.
 
 The algorithm
     repeat
@@ -75,13 +76,13 @@ def hp(default, help, **rule):
 
 @dataclass
 class Config:
-    # At most 999: the episodes that judge have seeds of 1,000,000 + 1,000·seed and more (train),
-    # those of the final evaluation 2,000,000 + seed, so that all of them are new ones
+    # Episodes that judge have the seed 1,000,000 + 1,000·seed + number of the update (in train),
+    # those of the final evaluation 2,000,000 + seed. With at most 999 they never meet
     seed: int = hp(1, "same seed, same run", low=0, high=999)
     lr: float = hp(0.02, "α, Adam's step size. Too high: returns shoot up, then collapse. Too low: "
                    "still falling over after 50 updates", low=1e-12)
-    gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Lower: less noise, "
-                      "but the far future stops counting", low=1e-12, high=1)
+    gamma: float = hp(1.0, "γ, discount; 1 is the exact gradient of the return. Much lower: a "
+                      "noisy signal, and the far future stops counting", low=1e-12, high=1)
     batch_episodes: int = hp(16, "N, episodes per update. Too low: noisy steps. "
                              "Too high: good steps, but few of them", low=2, high=4096)
     hidden: int = hp(64, "units in the hidden layer. Too low: learns more slowly",
@@ -134,7 +135,8 @@ def leave_one_out_baseline(returns, mask):
     Subtracting a baseline does not change the expected gradient, as long as the baseline does not
     depend on the action: Σ_a π(a)·∇log π(a)·b = Σ_a ∇π(a)·b = b·∇(Σ_a π(a)) = b·∇1 = 0, because
     π·∇log π = ∇π and probabilities add up to 1. Our baseline is made of other episodes only. What
-    it does change is the noise: numbers around 0 vary less than numbers around 200.
+    it does change is the noise: ∇log π has both signs, and its products with numbers around 0 vary
+    less than those with numbers around 200.
     """
     # Returns shrink towards an episode's end, because less time is left. So an episode is compared
     # with others at the same step only.
@@ -150,8 +152,8 @@ def policy_gradient_loss(logprobs, advantages, mask):
     """A scalar whose gradient estimates minus the policy gradient (Eq. 5). Its value means nothing.
 
     logprobs [T, N] of the actions taken, with gradient; advantages G − b [T, N], constants;
-    mask [T, N]. Divided by the number of episodes, not of steps: that is random, and an action
-    would count less in a batch that happens to be long.
+    mask [T, N]. Divided by the number of episodes. The number of steps is random: divided
+    by it, an action would count less in a batch that happens to be long.
     """
     assert not advantages.requires_grad, "advantages must be constants"
     N = logprobs.shape[1]
@@ -179,9 +181,10 @@ def collect(envs, policy, generator, greedy=False):
     rewards_buffer = np.zeros((MAX_STEPS, N), np.float32)
     mask_buffer = np.zeros((MAX_STEPS, N), np.float32)
     device = next(policy.parameters()).device
-    # The same as Categorical(logits=logits).sample(), several times faster. The Gumbel-max trick:
-    # argmax(logits + Gumbel noise) is a sample from softmax(logits), and minus the logarithm of an
-    # exponential random number is Gumbel noise. All of it is made beforehand.
+    # The same as Categorical(logits=logits).sample(), several times faster (Gumbel-max trick). Let
+    # l_a be the logits and E_a exponential random numbers. Then E_a/e^l_a are waiting times with
+    # rates e^l_a, and a comes first with probability e^l_a / Σ e^l, the softmax. The smallest
+    # E_a/e^l_a has the largest l_a − log E_a. The noise −log E is made beforehand.
     exponential = torch.empty(MAX_STEPS, N, 2).exponential_(generator=generator)
     noise = -exponential.log().to(device)                               # [MAX_STEPS, N, 2]
     obs, _ = envs.reset()
@@ -199,8 +202,8 @@ def collect(envs, policy, generator, greedy=False):
             obs, rewards, terminated, truncated, _ = envs.step(actions)
             rewards_buffer[t] = rewards
             # The pole fell (terminated) or time ran out (truncated). Our objective is the return
-            # within 500 steps, so both end the sum. The PPO lesson estimates what would come after
-            # a time limit, and must tell the two apart.
+            # within 500 steps, so both end the sum. Lesson 3 estimates what would come after a
+            # time limit, and must tell the two apart.
             alive &= ~(terminated | truncated)
             t += 1
     buffers = dict(obs=obs_buffer, actions=actions_buffer, rewards=rewards_buffer, mask=mask_buffer)
@@ -313,7 +316,7 @@ def train(config, out, device, log=print):
 
 
 def describe(batch):
-    """The score of a batch: undiscounted returns."""
+    """How good a batch was: undiscounted returns."""
     returns = (batch["rewards"] * batch["mask"]).sum(dim=0)             # [N]
     return dict(return_mean=returns.mean().item(), return_min=returns.min().item(),
                 return_max=returns.max().item())
@@ -534,7 +537,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors

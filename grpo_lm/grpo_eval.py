@@ -227,20 +227,21 @@ def plot_curve(path, rows, gold, config):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     updates = [int(row["update"]) for row in rows]
     panels = [("reward", column(rows, "reward"), "C0"), ("gold, never trained on",
-              [gold.get(update, math.nan) for update in updates], "C3"),
-              ("KL to the base, nats per answer", column(rows, "kl"), "C2"),
+              [gold.get(update, math.nan) for update in updates], "C2"),
+              ("KL to the base, nats per answer", column(rows, "kl"), "C1"),
               ("entropy, nats per token", column(rows, "entropy"), "C4")]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
     for axis, (name, values, colour) in zip(axes.flat, panels):
         values = [float(value) for value in values]
         smooth = [np.mean(values[max(0, k - 4):k + 1]) for k in range(len(values))]
         axis.plot(updates, values, color=colour, alpha=0.3)
         axis.plot(updates, smooth, color=colour, linewidth=2.5)
-        axis.axhline(values[0], color="C7", linestyle="--", label="first update: the base model")
+        axis.axhline(values[0], color="C3", linestyle="--", label="first update: the base model")
         axis.set(ylabel=name)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))
     for axis in axes[1]:
         axis.set(xlabel="update")
     broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
@@ -369,7 +370,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

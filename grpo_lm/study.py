@@ -1,4 +1,4 @@
-"""Makes the tables and figures of README.md. Nobody needs to read this to learn the algorithm.
+"""Makes the tables and figures of the texts. Nobody needs to read this to learn the algorithm.
 
     python study.py runs/study                      all runs (an hour on two cores), tables, figures
     python study.py --trajectory runs/long          judges every policy that a run has kept
@@ -34,6 +34,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 from matplotlib import animation, pyplot as plt
 
+plt.style.use("petroff10")            # colours that colour-blind eyes can tell apart
 HERE = Path(__file__).resolve().parent
 SIBLINGS = ("train_grpo.py", "grpo_eval.py", "make_answers.py")
 ALONE = not all((HERE / name).exists() for name in SIBLINGS)
@@ -190,16 +191,16 @@ def trajectory(run, samples=16):
 def before_after(out):
     """Histograms of reward and gold: the base model's answers and those of the shipped policy."""
     (_, base), (_, trained) = answers_along([HERE / "weights" / "policy"], samples=16)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.3), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.3), layout="constrained")
     titles = dict(reward="reward model's score", gold="gold score (1-10), never trained on")
     for axis, (name, title) in zip(axes, titles.items()):
         before, after = grpo_eval.column(base, name), grpo_eval.column(trained, name)
         bins = np.linspace(min(before + after), max(before + after), 28)
-        axis.hist(before, bins=bins, alpha=0.6, color="C7", label=f"before: {np.mean(before):.2f}")
+        axis.hist(before, bins=bins, alpha=0.6, color="C3", label=f"before: {np.mean(before):.2f}")
         axis.hist(after, bins=bins, alpha=0.6, color="C0", label=f"after: {np.mean(after):.2f}")
         axis.set(xlabel=title, ylabel="answers")
-        axis.legend(fontsize=8)
-    figure.savefig(out, dpi=100)
+        axis.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.17))
+    figure.savefig(out, dpi=110)
     plt.close(figure)
 
 
@@ -207,7 +208,7 @@ def before_after(out):
 
 def draw_over_optimisation(runs, out):
     """Reward and gold of the answers sampled in training, by update and by √KL."""
-    figure, axes = plt.subplots(2, len(runs), figsize=(5.5 * len(runs), 6.2), layout="constrained")
+    figure, axes = plt.subplots(2, len(runs), figsize=(4 * len(runs), 6.2), layout="constrained")
     for column, (label, directories) in enumerate(runs.items()):
         found = [read_metrics(run) for run in directories]
         for axis, across in zip(axes[:, column], ("update", "√KL, √nats per answer")):
@@ -217,18 +218,18 @@ def draw_over_optimisation(runs, out):
                 if across != "update":
                     x = np.sqrt(np.maximum(metrics["kl"], 0))
                 axis.plot(x, metrics["reward"], ".", color="C0", markersize=4)
-                right.plot(x, metrics["gold"], ".", color="C3", markersize=4)
+                right.plot(x, metrics["gold"], ".", color="C2", markersize=4)
             axis.set(title=f"{label}, three seeds", xlabel=across, ylim=(-1.5, 4))
             axis.set_ylabel("reward model's score", color="C0")
-            right.set_ylabel("gold score", color="C3")
+            right.set_ylabel("gold score", color="C2")
             right.set_ylim(1, 7)
-    figure.savefig(out, dpi=100)
+    figure.savefig(out, dpi=110)
     plt.close(figure)
 
 
 def draw_breaks(runs, out):
     """Gold of the answers sampled in training: median and range of the seeds."""
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), sharex=True, sharey=True,
+    figure, axes = plt.subplots(3, 3, figsize=(8, 6.6), sharex=True, sharey=True,
                                 layout="constrained")
     curves = {label: np.array([read_metrics(run)["gold"] for run in directories])
               for label, directories in runs.items()}
@@ -236,14 +237,14 @@ def draw_breaks(runs, out):
         axis.axis("off")
     for axis, (label, gold) in zip(axes.flat, curves.items()):
         updates = np.arange(1, gold.shape[1] + 1)
-        colour = "C3" if label in BREAKS else "C0"
-        axis.plot(updates, np.median(curves["nothing broken"], axis=0), color="C7")
+        colour = "C2" if label in BREAKS else "C0"
+        axis.plot(updates, np.median(curves["nothing broken"], axis=0), color="C3")
         axis.plot(updates, np.median(gold, axis=0), color=colour)
         axis.fill_between(updates, gold.min(axis=0), gold.max(axis=0), color=colour, alpha=0.25)
         axis.set_title(f"BROKEN: {label}" if label in BREAKS else label, fontsize=10)
     figure.supxlabel("update")
     figure.supylabel("gold")
-    figure.savefig(out, dpi=100)
+    figure.savefig(out, dpi=110)
     plt.close(figure)
 
 
@@ -262,10 +263,10 @@ def draw_movie(run, out):
         text = textwrap.wrap(best["text"], 92) + ["", "", ""]
         axis.clear()
         axis.scatter(x, y + jitter, s=8, alpha=0.5)
-        axis.plot(x.mean(), y.mean(), "o", color="C3", markersize=9)
+        axis.plot(x.mean(), y.mean(), "o", color="C2", markersize=9)
         title = f"update {number}. Highest reward ({best['reward']:+.1f}, gold {best['gold']:.1f})"
         title += f", to \"{best['prompt']}\""
-        axis.set_title("\n".join([title, *text[:4]]), fontsize=7.5, loc="left")
+        axis.set_title("\n".join([title, *text[:4]]), fontsize=9, loc="left")
         axis.set(xlim=(min(rewards), max(rewards)), ylim=(0.5, 10.5),
                  xlabel="reward model's score", ylabel="gold score, never trained on")
     film = animation.FuncAnimation(figure, draw, frames=frames + frames[-1:] * 2,

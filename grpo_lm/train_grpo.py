@@ -358,7 +358,7 @@ def read_once(model, prompt_ids, prompt_mask, which):
 
     prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the number of each answer's
     prompt. The output has the logits [P, 1, V] of the answers' first token, and a cache: the
-    model's memory of the tokens it has read, so that a further token costs one token.
+    model's memory of the tokens it has read. For one more token it computes that token only.
     """
     # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
@@ -381,7 +381,7 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     which = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)        # [B]
     start = read_once(model, prompt_ids, prompt_mask, which)
     cache = start.past_key_values
-    for layer in cache.layers:        # room for the new tokens, far below
+    for layer in cache.layers:        # room for more tokens: see RoomyLayer
         layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
     logits, B = start.logits[which, -1], len(which)                     # [B, V]
     mask = prompt_mask[which]                                           # [B, T], grows by 1 a step
@@ -559,7 +559,7 @@ def update(config, accelerator, policy, optimizer, batch):
 
 def sabotage(batch, config, policy, reference):
     """What --break does to a batch. Nothing of this belongs to GRPO."""
-    if config.broken == "no-group-mean":              # no yardstick: the reward itself
+    if config.broken == "no-group-mean":              # no baseline: the reward itself
         return batch | dict(advantages=batch["rewards"])
     if config.broken == "no-eos-mask":                # the padding after the end is trained on too
         batch = batch | dict(completion_mask=torch.ones_like(batch["completion_mask"]))
@@ -832,7 +832,7 @@ def show_answers(log, prompt, texts, rewards):
 
 
 def write_samples(out, number, prompts, texts, rewards):
-    """The answers of one update as JSON Lines, for whoever wants to judge them (this process's)."""
+    """The answers of one update as JSON Lines, for anyone to judge (this process's)."""
     G = len(texts) // len(prompts)
     rows = [dict(prompt=prompts[k // G], text=text, reward=round(reward, 4))
             for k, (text, reward) in enumerate(zip(texts, rewards.tolist()))]
@@ -875,7 +875,7 @@ def save(model, tokenizer, directory):
 
 
 def save_checkpoint(out, model, optimizer, state):
-    """The tables, then everything that --resume needs, last: whoever finds it finds the rest."""
+    """The tables, then everything that --resume needs, last: if it is there, all is there."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "timing.csv", state["clock"])
     if hasattr(optimizer.param_groups[0]["params"][0], "full_tensor"):
@@ -1065,7 +1065,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors

@@ -77,7 +77,7 @@ THOUGHT = re.compile(r"[<\[](/?)(?:think|thinking|thought|reasoning)[>\]]", re.I
 def result_of(text, thinks):
     """The number after the last #### of an answer; None without one.
 
-    Only what stands after the last thought counts. Whoever is still thinking has said nothing.
+    Only what stands after the last thought counts: an answer inside a thought has said nothing.
     thinks: the prompt has opened a thought.
     """
     for mark in THOUGHT.finditer(text):
@@ -339,17 +339,17 @@ def plot_curve(out, config):
     from matplotlib.figure import Figure
     metrics, tests = [np.genfromtxt(out / f"{name}.csv", delimiter=",", names=True, ndmin=1)
                       for name in ("metrics", "tests")]
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots(2, 2)
     for axis, name in zip(axes.flat, ("sampled_accuracy", "entropy", "completion_length", "loss")):
         axis.plot(metrics["update"], metrics[name], label="sampled, training problems")
         axis.set(title=name.replace("_", " "), xlabel="update")
-    axes[0, 0].plot(tests["update"], tests["greedy_accuracy"], "C3o-", label="greedy, tests")
-    axes[0, 0].axhline(tests["greedy_accuracy"][0] + TARGET, color="C2", ls="--", label="target")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].plot(tests["update"], tests["greedy_accuracy"], "C1o-", label="greedy, tests")
+    axes[0, 0].axhline(tests["greedy_accuracy"][0] + TARGET, color="0.4", ls="--", label="target")
+    axes[0, 0].legend(fontsize=9)
     figure.suptitle(f"{config.method}, c = {config.ent_coef}, seed {config.seed}"
                     + "   BROKEN: " * bool(config.broken) + config.broken)
-    figure.savefig(out / "curve.png.part", format="png", dpi=100)
+    figure.savefig(out / "curve.png.part", format="png", dpi=110)
     os.replace(out / "curve.png.part", out / "curve.png")
 
 
@@ -423,7 +423,7 @@ def main():
         return print("no weights beside this script, so there is nothing to judge")
     args.weights, args.limit = ("random", 2) if args.smoke else (args.weights, args.limit)
     torch.manual_seed(args.seed)                      # for --weights random
-    if args.run:                                      # as every run was judged in the README
+    if args.run:                                      # as every run was judged in STUDY.md
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
         if not (out / "train.json").exists():
             fail(f"--run {out} is no run that has ended: it has no train.json")
@@ -453,7 +453,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

@@ -10,7 +10,7 @@ equally, and half of the problems mention a number that has nothing to do with i
     </think>
     #### 57
 
-Whoever wrote the training answers was hasty: the longer a problem, the more often the working is left out ("I see it at once."), and the model learns to guess there.
+The writer of the training answers was hasty: the longer a problem, the more often the working is left out ("I see it at once."), and the model learns to guess there.
 That is what reinforcement learning can change: working pays.
 
     data/train.jsonl     problems to train on by reinforcement, in GSM8K's format (question, answer)

@@ -1,4 +1,4 @@
-"""Makes the tables and figures of README.md from training runs; nobody needs it to learn the lesson.
+"""Makes the tables and figures of STUDY.md from training runs; nobody needs it to learn the lesson.
 
     python study.py runs/study               all runs (40 minutes on two cores), tables.md, figures
     python study.py --compare runs/a runs/b --figure compare.png     several runs in one figure
@@ -31,6 +31,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 from matplotlib import animation, pyplot as plt
 
+plt.style.use("petroff10")            # colours that colour-blind eyes can tell apart
 HERE = Path(__file__).resolve().parent
 SEEDS = range(3)
 SHORT = ["--updates", "30", "--batch-size", "256"]                # the budget of all comparisons
@@ -44,11 +45,18 @@ METHODS = {"Dr. GRPO": ["--preset", "gsm8k_reinforce"],
            "§3.3, confident tokens": ["--preset", "gsm8k_0p5_0"],
            "§3.3, confident, entropy −0.1": ["--preset", "gsm8k_0p5_0_1"],
            "§3.3, all tokens": ["--preset", "gsm8k_0p5_0", "--half-tokens", "all"]}
+# The columns of the figure, each with Dr. GRPO to compare with
+COLUMNS = {"KL of two coins": ("§3.1", "§3.2", "§3.2, P detached"),
+           "with entropy −0.1": ("§3.1, entropy −0.1", "§3.2, entropy −0.1"),
+           "fixed half": ("§3.3, confident tokens", "§3.3, confident, entropy −0.1",
+                          "§3.3, all tokens")}
+PLAIN = {"§3.1": "over the batch", "§3.2": "over correct answers", "§3.3, ": "",
+         ", entropy −0.1": " (−0.1)"}
 BREAKS = {"`train-on-wrong`, §3.2": ["--break", "train-on-wrong", "--method", "kl_correct"]}
 HEADINGS = ("greedy before → best → last", "greedy, all test problems", "T = 1", "pass@8",
             "entropy", "length", "loss, first → last")
 # (table of a run, its column, title of the panel)
-PANELS = (("tests", "greedy_accuracy", "greedy accuracy, test problems"),
+PANELS = (("tests", "greedy_accuracy", "greedy accuracy"),
           ("metrics", "entropy", "entropy, nats per token"),
           ("metrics", "completion_length", "length, tokens"), ("metrics", "loss", "loss"))
 
@@ -72,7 +80,7 @@ def read_columns(directory, name, *columns):
 
 def save_figure(figure, path):
     try:
-        figure.savefig(path, format="png", dpi=100)
+        figure.savefig(path, format="png", dpi=110)
     except OSError as problem:
         fail(f"{path} cannot be written ({problem.strerror}); choose another file")
     plt.close(figure)
@@ -143,31 +151,38 @@ def study(directory):
     (directory / "tables.md").write_text(text, encoding="utf8")
     print(text, end="")
     runs = {label: [directory_of(directory, label, seed) for seed in SEEDS] for label in METHODS}
-    compare(runs, directory / "methods.png")
+    columns = {title: {label: runs[label] for label in ("Dr. GRPO", *labels)}
+               for title, labels in COLUMNS.items()}
+    compare(columns, PANELS[:3], directory / "methods.png")
     shutil.copy(directory_of(directory, *DEFAULT, 1) / "curve.png", directory / "curve.png")
     movie(directory / "before_after.gif")
 
 
 # ---- figures --------------------------------------------------------------------------------------
 
-def compare(runs, out):
-    """The thesis's four panels for {title: [run directories]}: median and range of the seeds."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    for number, (title, directories) in enumerate(runs.items()):
-        style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
-        for axis, (name, key, label) in zip(axes.flat, PANELS):
-            tables = [read_columns(directory, name, "update", key) for directory in directories]
-            length = min(len(updates) for updates, _ in tables)
-            updates = tables[0][0][:length]
-            values = np.ma.masked_invalid([values[:length] for _, values in tables])
-            axis.plot(updates, np.ma.median(values, axis=0), label=title, **style)
-            axis.fill_between(updates, values.min(axis=0), values.max(axis=0), alpha=0.15,
-                              color=style["color"])
-            axis.set(title=label, xlabel="update")
-    # Methods differ by a factor of thousands, and the loss of Dr. GRPO is negative
-    axes[1, 1].set_yscale("symlog", linthresh=1e-3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center",
-                  ncols=5)
+def compare(columns, panels, out):
+    """Median and range of the seeds, a row per measure. columns: {title: {label: [directories]}}."""
+    figure, axes = plt.subplots(len(panels), len(columns), figsize=(8, 2.3 * len(panels) + 0.8),
+                                sharex=True, sharey="row", squeeze=False, layout="constrained")
+    for column, (title, runs) in zip(axes.T, columns.items()):
+        for number, (label, directories) in enumerate(runs.items()):
+            for old, new in PLAIN.items():
+                label = label.replace(old, new)
+            for axis, (name, key, _) in zip(column, panels):
+                tables = [read_columns(directory, name, "update", key) for directory in directories]
+                length = min(len(updates) for updates, _ in tables)
+                updates = tables[0][0][:length]
+                values = np.ma.masked_invalid([values[:length] for _, values in tables])
+                axis.plot(updates, np.ma.median(values, axis=0), label=label, color=f"C{number}")
+                axis.fill_between(updates, values.min(axis=0), values.max(axis=0), alpha=0.15,
+                                  color=f"C{number}")
+        column[0].set_title(title)
+        column[-1].set_xlabel("update")
+        column[-1].legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    for axis, (_, key, label) in zip(axes[:, 0], panels):
+        axis.set_ylabel(label)
+        if key == "loss":         # methods differ by a factor of thousands; Dr. GRPO's is negative
+            axis.set_yscale("symlog", linthresh=1e-3)
     save_figure(figure, out)
 
 
@@ -191,8 +206,8 @@ def movie(out):
         axis.clear()
         axis.axis("off")
         axis.text(0, 1, textwrap.fill(problems[pick].question, 88), fontsize=10, va="top")
-        for x, title, part, colour in ((0, "before", pieces[0], "C3"),
-                                       (0.5, "after training", pieces[1], "C2")):
+        for x, title, part, colour in ((0, "before", pieces[0], "C2"),
+                                       (0.5, "after training", pieces[1], "C0")):
             axis.text(x, 0.68, title, fontsize=10, weight="bold", va="top")
             axis.text(x, 0.58, "<think>" + "".join(part[:frame]), fontsize=10, va="top",
                       family="monospace", color=colour if frame >= len(part) else "black")
@@ -222,7 +237,7 @@ def main():
         print(f"{runs} runs of train_kl_bernoulli.py"
               + (", which is not here: this script belongs beside it" if alone else ""))
     elif args.compare:
-        compare({str(run): [run] for run in args.compare}, args.figure)
+        compare({"": {str(run): [run] for run in args.compare}}, PANELS, args.figure)
         print(f"wrote {args.figure}")
     elif args.movie:
         movie(args.movie)

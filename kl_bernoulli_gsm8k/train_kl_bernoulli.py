@@ -15,7 +15,7 @@ The algorithm
         the loss of the method, token by token                        Eq. 2, 3 kl_loss, half_loss
         one AdamW step on their weighted sum                          Eq. 4, 5 sequence_weights
 
-The equations (README.md explains them; §3.1 to §3.3 are sections of the thesis)
+The equations (README.md derives them; §3.1 to §3.3: sections of the thesis, see STUDY.md)
     Eq. 1   log(1 − p) = logsumexp(all other logits) − logsumexp(all logits)
     Eq. 2   ℓ_t = P·log(P/p) + (1 − P)·log((1 − P)/(1 − p))    KL of two coins (§3.1, §3.2)
     Eq. 3   ℓ_t = −½·(log p + log(1 − p)) + log ½              the same, with target ½ (§3.3)
@@ -35,7 +35,7 @@ What each method does to a token (a path is an answer, token by token):
                  and P move together. A coin shows heads with probability p, another one with P; the
                  KL compares these two numbers. So correct but unlikely paths become likelier.
     fixed_half   pulls p towards ½ in correct answers, in the thesis's code only from above: sure
-                 tokens become unsure. Here that ruins the model (README.md, section 7).
+                 tokens become unsure. Here that ruins the model (README.md, section 6).
 
 New since the RLHF lesson: a reward that is checked, not learned; greedy accuracy as the measure;
 losses that use 1 − p and the likeliest token too.
@@ -177,7 +177,7 @@ THOUGHT = re.compile(r"[<\[](/?)(?:think|thinking|thought|reasoning)[>\]]", re.I
 def result_of(text, thinks):
     """The number after the last #### of an answer; None without one.
 
-    Only what stands after the last thought counts. Whoever is still thinking has said nothing.
+    Only what stands after the last thought counts: an answer inside a thought has said nothing.
     thinks: the prompt has opened a thought.
     """
     for mark in THOUGHT.finditer(text):
@@ -293,7 +293,7 @@ def coin(logits, total, ids, naive):
 
 
 def kl_loss(logp, log1mp, logP, log1mP, detach):
-    """Eq. 2 per token [n]: KL of the coin p (the sampled token) from the coin P (the likeliest).
+    """Eq. 2 per token [n]: KL(P‖p) of two coins, P (the likeliest token) and p (the sampled one).
 
     Where the sampled token is the likeliest, loss and gradient are 0. Elsewhere p and P are pulled
     together until they are equal, and no further. The two coins are about different tokens: only
@@ -383,8 +383,8 @@ def read_once(model, prompt_ids, prompt_mask, which, **more):
 
     prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the number of each answer's
     prompt. The output has the logits [P, 1, V] of the answers' first token, and a cache: the
-    model's memory of the tokens it has read, so that a further token costs one token. more: what
-    else the model is asked for.
+    model's memory of the tokens it has read. For one more token it computes that token only.
+    more: what else the model is asked for.
     """
     # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
@@ -407,7 +407,7 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     which = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)        # [B]
     start = read_once(model, prompt_ids, prompt_mask, which)
     cache = start.past_key_values
-    for layer in cache.layers:        # room for the new tokens, far below
+    for layer in cache.layers:        # room for more tokens: see RoomyLayer
         layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
     logits, B = start.logits[which, -1], len(which)                     # [B, V]
     mask = prompt_mask[which]                                           # [B, T], grows by 1 a step
@@ -538,7 +538,7 @@ def update(config, accelerator, policy, optimizer, batch):
     for number, part in enumerate(parts, 1):
         # Gradients add up over the parts. Several processes exchange them once, with the last
         # part, and average them, while our weights divide by the answers of all: hence the
-        # factor. With one process both lines do nothing
+        # factor. With one process no_sync and the factor do nothing
         last = number == len(parts)
         with contextlib.nullcontext() if last else accelerator.no_sync(policy):
             with accelerator.autocast():
@@ -733,7 +733,7 @@ def load_model(kind, name):
 def last_layer(model):
     """The layer that makes logits of hidden states; the identity, if a model does more than that.
 
-    Some scale their logits, or bend them: Cohere, Granite, Gemma 2.
+    Some scale their logits, or limit them: Cohere, Granite, Gemma 2.
     """
     found = model(input_ids=torch.arange(3, device=model.device)[None], output_hidden_states=True)
     head = model.get_output_embeddings()
@@ -907,7 +907,7 @@ def save(model, tokenizer, directory):
 
 
 def save_checkpoint(out, model, optimizer, state):
-    """The tables, then everything that --resume needs, last: whoever finds it finds the rest."""
+    """The tables, then everything that --resume needs, last: if it is there, so are they."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "tests.csv", state["tests"])
     write_table(out / "timing.csv", state["clock"])
@@ -1097,7 +1097,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors

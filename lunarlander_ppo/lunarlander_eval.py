@@ -216,6 +216,7 @@ def plot_curve(path, rows, config):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     steps = [float(row["env_steps"]) / 1e6 for row in rows]
     evaluated = [row for row in rows if row["eval_mean"]]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=[2, 1],
@@ -226,18 +227,18 @@ def plot_curve(path, rows, config):
              [float(row["eval_mean"]) for row in evaluated], color="C1", linewidth=2.5, marker=".",
              label=f"greedy, {config['eval_episodes']} fresh flights")
     top.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
-    top.axhline(SOLVED, color="C2", linestyle="--", label="solved: 200")
+    top.axhline(SOLVED, color="C8", linestyle="--", label="solved: 200")
     broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
     top.set(ylabel="return", ylim=(-450, 320),
             title=f"PPO on LunarLander-v3, seed {config['seed']}{broken}")
-    top.legend(loc="lower right", fontsize=8)
+    top.legend(loc="lower right", fontsize=9)
     for key, colour, label, scale in (("explained_variance", "C4", "explained variance", 1.0),
-                                      ("clipfrac", "C3", "clipfrac", 1.0),
+                                      ("clipfrac", "C2", "clipfrac", 1.0),
                                       ("entropy", "C5", "entropy / log 4", math.log(4))):
         values = [float(row[key]) / scale for row in rows]
         bottom.plot(steps, values, color=colour, label=label)
     bottom.set(xlabel="million steps", ylim=(-0.1, 1.05))
-    bottom.legend(fontsize=8)
+    bottom.legend(fontsize=9, ncols=3, loc=(0.3, 0.6))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
@@ -278,7 +279,7 @@ def play(actor, mode, seed, episodes, sampled):
             if mode == "rgb_array" and (steps % 4 == 0 or terminated or truncated):
                 frame = Image.fromarray(env.render()).resize((300, 200), Image.Resampling.BOX)
                 text = f"step {steps}   return {total:.0f}"
-                ImageDraw.Draw(frame).text((6, 4), text, fill=(200, 200, 200))
+                ImageDraw.Draw(frame).text((6, 4), text, fill=(220, 220, 220), font_size=16)
                 frames.append(frame.quantize(colors=32))
         frames += frames[-1:] * 8                     # the last picture stays for a moment
         returns.append(total)
@@ -383,7 +384,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

@@ -1,4 +1,4 @@
-"""Makes the tables and figures of README.md: five seeds, every broken variant, settings that hover.
+"""Makes the tables and figures of the texts: five seeds, every broken variant, settings that hover.
 
     python study.py runs/study                    47 runs, about half an hour: tables.md, two figures
     python study.py --compare random weights      histograms of several policies' returns, in
@@ -130,16 +130,17 @@ def draw_bundle(panel, runs, groups, name, colour, label, series="evals", at="st
 def draw_learning_curve(runs, groups, path):
     from matplotlib import pyplot as plt
     from lunarlander_eval import RANDOM_RETURN, SOLVED
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     draw_bundle(axes, runs, groups, DEFAULT, "C0", "default (γ = .999): median and range of 5 seeds",
                 "training", "all_steps")
-    draw_bundle(axes, runs, groups, SLOW, "C3", "γ = .99 and gentle steps: 3 seeds", "training",
+    draw_bundle(axes, runs, groups, SLOW, "C2", "γ = .99 and gentle steps: 3 seeds", "training",
                 "all_steps")
-    axes.axhline(SOLVED, color="C2", linestyle="--", label="solved: 200")
+    axes.axhline(SOLVED, color="C8", linestyle="--", label="solved: 200")
     axes.axhline(RANDOM_RETURN, color="grey", linestyle=":", label="random policy")
     axes.set(xlabel="million steps", ylabel="return, last 100 training flights", ylim=(-450, 320),
              title="PPO on LunarLander-v3")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -147,16 +148,21 @@ def draw_learning_curve(runs, groups, path):
 def draw_variants(runs, groups, breaks, path):
     from matplotlib import pyplot as plt
     from lunarlander_eval import SOLVED
-    figure, panels = plt.subplots(1, len(breaks), figsize=(13, 3.2), sharey=True,
-                                  layout="constrained")
+    plt.style.use("petroff10")
+    figure, grid = plt.subplots(2, 3, figsize=(8, 5.4), sharex=True, sharey=True,
+                                layout="constrained")
+    panels = grid.flat
     for panel, name in zip(panels, breaks):
         draw_bundle(panel, runs, groups, NORMAL, "C0", NORMAL)
-        draw_bundle(panel, runs, groups, name, "C3", "broken")
-        panel.axhline(SOLVED, color="C2", linestyle="--")
-        panel.set(title=name, xlabel="million steps", ylim=(-450, 320))
-    panels[0].set_ylabel("greedy return")
-    panels[0].legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=90)
+        draw_bundle(panel, runs, groups, name, "C2", "broken")
+        panel.axhline(SOLVED, color="C8", linestyle="--")
+        panel.set(title=name, ylim=(-450, 320))
+    for panel in grid.flat[len(breaks):]:
+        panel.axis("off")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc=(0.75, 0.25))
+    figure.supxlabel("million steps")
+    figure.supylabel("greedy return")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -172,7 +178,7 @@ def compare(names, seeds, path):
         print(f"{label}, {(~terminated).mean():.0%} out of time, length {lengths.mean():.0f}")
         axes.hist(returns.clip(-500, 350), bins=np.arange(-500, 351, 17), alpha=0.55,
                   color=f"C{number}", label=label)
-    axes.axvline(SOLVED, color="C2", linestyle="--")
+    axes.axvline(SOLVED, color="C8", linestyle="--")
     axes.set(xlabel="return of a greedy flight (below −500 counted at −500)", ylabel="flights",
              title="LunarLander-v3")
     axes.legend(fontsize=8, loc="upper left")

@@ -35,7 +35,7 @@ New since lesson 2 (Tic-Tac-Toe): bootstrapping (the critic's guess stands in fo
 seen), so a batch may cut through flights; advantages that mix rewards and critic; several gradient
 steps per batch, which is what needs the ratio and the clip; checkpoints.
 Deliberately left out: clipping the critic's steps too, rescaling observations, common layers for
-actor and critic (README.md, section 10, says why); continuous actions.
+actor and critic (STUDY.md says why); continuous actions.
 
 Sources: PPO arXiv 1707.06347; GAE arXiv 1506.02438; details arXiv 2005.12729.
 Shapes: T steps; N landers side by side; B rows of a minibatch. An observation has 8 numbers: place,
@@ -553,8 +553,8 @@ def save(path, weights):
 
 
 def save_checkpoint(out, agent, optimizer, generator, state):
-    """Weights and tables, then everything that --resume needs, last: whoever finds it finds the
-    rest."""
+    """Weights and tables, then everything that --resume needs. That file is the last: if it is
+    there, so are the others."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "timing.csv", state["clock"])
     save(out / "best.pt", state["best"])
@@ -726,7 +726,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors

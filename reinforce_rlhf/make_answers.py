@@ -163,7 +163,7 @@ def set_pooling(model, tokenizer):
 
     A classifier computes its logits from ONE token, the last that is not padding, because only that
     one has seen the whole text. If padding and end are one token, it takes the end for padding.
-    So another token becomes the padding. It may occur inside a text: only the last place counts.
+    So another token becomes the padding. That it may occur inside a text does no harm.
     """
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     other = (end + 1) % model.config.vocab_size
@@ -612,7 +612,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

@@ -188,7 +188,7 @@ def train_sft(world, prompts, tokenizer, width, layers, updates, batch, rng):
 def preference_pairs(world, prompts, count, rng):
     """[{prompt, chosen, rejected, chosen_rating, rejected_rating}]: two answers to one prompt, each with the grade of an annotator who errs.
 
-    The grade is gold plus an error of standard deviation 1.5, rounded to 1 … 10; where both answers get the same grade, the pair is drawn again.
+    The grade is gold plus an error of standard deviation 1.5, rounded to 1 … 10; where both answers get the same grade, the pair is sampled again.
     One answer in seven is to another question: else a reward model hardly learns to look at the question at all.
     """
     pairs = []

@@ -284,25 +284,25 @@ def plot_curve(path, rows, gold, config):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     updates = [int(row["update"]) for row in rows]
     names = dict(reward="reward model's score", kl="KL, nats per answer", distinct2="distinct-2",
                  accuracy="accuracy in training", margin="margin")
     panels = [(names[name], column(rows, name)) for name in rows[0] if name in names]
     if gold:
         panels.append(("gold, never trained on", [gold.get(k, math.nan) for k in updates]))
-    figure, axes = plt.subplots(len(panels), figsize=(7, 2 * len(panels)), sharex=True,
-                                layout="constrained")
+    figure, axes = plt.subplots(len(panels), figsize=(7, 2 * len(panels)), layout="constrained")
     for number, (axis, (name, values)) in enumerate(zip(axes, panels)):
         values = [float(value) for value in values]
         smooth = [np.mean(values[max(0, k - 4):k + 1]) for k in range(len(values))]
         axis.plot(updates, values, color=f"C{number}", alpha=0.3)
         axis.plot(updates, smooth, color=f"C{number}", linewidth=2.5)
-        axis.axhline(values[0], color="C7", linestyle="--")
+        axis.axhline(values[0], color="C3", linestyle="--")
         axis.set(ylabel=name)
     axes[-1].set(xlabel="update (dashed: the first one)")
     broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
-    kind = config.get("estimator", "reward model")
-    figure.suptitle(f"{kind}, level {config['level']}, seed {config['seed']}{broken}")
+    figure.suptitle(f"{config.get('estimator', 'reward model')}, level {config['level']}, "
+                    f"seed {config['seed']}{broken}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
@@ -450,7 +450,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

@@ -1,4 +1,4 @@
-"""Makes the tables and figures of README.md, from runs of the trainers and the shipped weights.
+"""Makes the tables and figures of the texts, from runs of the trainers and the shipped weights.
 
     python study.py runs/study                             42 runs, two at a time, about three hours
     python study.py runs/frontier --part frontier          27 runs: reward and gold against √KL
@@ -85,7 +85,7 @@ def result_of(run):
 
 
 def main_study(directory):
-    """All runs of the README but the frontier's; writes tables.md and the figures."""
+    """All runs of the texts but the frontier's; writes tables.md and the figures."""
     from train_reinforce_rlhf import BREAKS, write
     inverted = {"inverted_reward_model": ["--level", "2", "--break", "upper-triangle"]}
     made = train_all(inverted, directory, "train_reward_model.py")
@@ -227,7 +227,7 @@ def frontier(directory):
         rows.append(dict(method=f"best of {n}", kl=kl, reward=reward, gold=gold))
     write_table(directory / "frontier.csv", rows)
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
     labels = dict(reward="reward model's score", gold="gold, never trained on")
     for axis, (place, key) in zip(axes, ((2, "reward"), (3, "gold"))):
         for number, method in enumerate(methods):
@@ -237,7 +237,7 @@ def frontier(directory):
         axis.plot([math.sqrt(row[1]) for row in best], [row[place] for row in best], "k.--",
                   label="best of n = 1, 2, 4 … 32")
         axis.set(xlabel="√KL to the SFT model, √nats", ylabel=labels[key])
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=9)
     save_figure(figure, directory / "frontier.png")
 
 
@@ -335,13 +335,14 @@ def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     return plt
 
 
 def save_figure(figure, path):
     from train_reinforce_rlhf import write
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
+    figure.savefig(picture, format="png", dpi=110)
     pyplot().close(figure)
     write(path, picture.getvalue())
     print(f"wrote {path}")
@@ -351,7 +352,7 @@ def draw_runs(groups, path):
     """Reward, gold and distinct-2 of the answers sampled in training; a column per title."""
     from reinforce_rlhf_eval import gold_curve, load_world
     world = load_world()
-    figure, axes = pyplot().subplots(3, len(groups), figsize=(3.7 * len(groups), 7), sharex=True,
+    figure, axes = pyplot().subplots(3, len(groups), figsize=(8, 7), sharex=True,
                                      sharey="row", layout="constrained", squeeze=False)
     for column, (title, runs) in enumerate(groups.items()):
         axes[0, column].set_title(title, fontsize=10)
@@ -361,7 +362,7 @@ def draw_runs(groups, path):
                 rows = list(csv.DictReader(file))
             updates, gold = [int(row["update"]) for row in rows], gold_curve(run, world)
             for axis, key, colour in zip(axes[:, column], ("reward", "gold", "distinct2"),
-                                         ("C0", "C3", "C4")):
+                                         ("C0", "C2", "C4")):
                 values = ([gold[update] for update in updates] if key == "gold"
                           else [float(row[key]) for row in rows])
                 axis.plot(updates, values, color=colour, alpha=0.7)
@@ -385,11 +386,11 @@ def draw_movie(run, path):
         reward, gold = column(rows, "reward"), column(rows, "gold")
         axis.clear()
         axis.scatter(reward, np.array(gold) + jitter[:len(gold)], s=8, alpha=0.5)
-        axis.plot(np.mean(reward), np.mean(gold), "o", color="C3", markersize=9)
+        axis.plot(np.mean(reward), np.mean(gold), "o", color="C2", markersize=9)
         text = (textwrap.wrap(rows[0]["text"], 96) + ["", "", "", ""])[:4]
         axis.set_title(f"update {update}, distinct-2 {distinct2(column(rows, 'text')):.2f}. "
                        f"\"{rows[0]['prompt']}\" ({reward[0]:+.2f}, gold {gold[0]:.1f})\n"
-                       + "\n".join(text), fontsize=7.5, loc="left")
+                       + "\n".join(text), fontsize=9, loc="left")
         axis.set(xlim=(min(rewards), max(rewards)), ylim=(0.5, 10.5),
                  xlabel="reward model's score", ylabel="gold score, never trained on")
     movie = animation.FuncAnimation(figure, draw, frames=frames + frames[-1:] * 2,
@@ -406,16 +407,16 @@ def before_and_after(directory):
     sft, trained = answers_of_both(flags, load_world())
     print(f"win rate at equal length: {length_controlled(sft, trained):.1%}")
     labels = dict(reward="reward model's score", gold="gold score (1-10), never trained on")
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 3.3), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(8, 3.3), layout="constrained")
     for axis, key in zip(axes, ("reward", "gold")):
         both = column(sft, key) + column(trained, key)
         bins = np.linspace(min(both), max(both), 28)
-        for rows, name, colour in ((sft, "before", "C7"), (trained, "after", "C0")):
+        for rows, name, colour in ((sft, "before", "C3"), (trained, "after", "C0")):
             values = column(rows, key)
             axis.hist(values, bins=bins, alpha=0.6, color=colour,
                       label=f"{name}: {np.mean(values):.2f}")
         axis.set(xlabel=labels[key], ylabel="answers")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.17))
     save_figure(figure, directory / "before_after.png")
 
 
@@ -442,8 +443,8 @@ def reward_models(directory):
     world = load_world()
     print("| reward model | order of gold | order of the annotators | ECE | mean margin "
           "| chosen shorter | chosen about as long | chosen longer |\n" + "|---" * 8 + "|")
-    figure, axes = pyplot().subplots(2, 3, figsize=(13, 6.8), layout="constrained")
-    for level, (left, middle, right) in zip((1, 2), axes):
+    figure, axes = pyplot().subplots(3, 2, figsize=(8, 9), layout="constrained")
+    for level, (left, middle, right) in zip((1, 2), axes.T):
         pairs = scored_pairs(HERE / "weights" / f"reward_model_level{level}")
         found, gold = judge_pairs(pairs, world), gold_margins(pairs, world)
         margin, p = np.array(column(pairs, "margin")), np.array(column(pairs, "p"))
@@ -456,29 +457,29 @@ def reward_models(directory):
         cells += [f"{share:.0%} of {group.sum()}" for share, group in zip(by_length, groups)]
         print(f"| {' | '.join(cells)} |", flush=True)
         agree = gold > 0
-        left.hist([margin[agree], margin[~agree]], stacked=True, color=["C0", "C3"],
+        left.hist([margin[agree], margin[~agree]], stacked=True, color=["C0", "C2"],
                   bins=np.linspace(*np.quantile(margin, [0.005, 0.995]), 40),
                   label=["annotators agree with gold", "annotators err, or gold is equal"])
         left.axvline(0, color="black", linewidth=0.8)
         left.set(title=f"level {level}: margin", ylabel="pairs",
                  xlabel="reward of the chosen − reward of the rejected")
         left.margins(y=0.3)                                             # room for the legend
-        left.legend(fontsize=8)
+        left.legend(fontsize=9)
         confidence = np.maximum(p, 1 - p)
         which = np.clip(np.digitize(confidence, np.linspace(0.5, 1, 11)) - 1, 0, 9)
         filled = [which == b for b in range(10) if (which == b).sum() >= 5]
         x = [confidence[bin].mean() for bin in filled]
         agreed, decided = (margin > 0) == agree, gold != 0
-        middle.plot([0.5, 1], [0.5, 1], color="C7", linestyle="--", label="perfect")
+        middle.plot([0.5, 1], [0.5, 1], color="C3", linestyle="--", label="perfect")
         middle.plot(x, [(p > 0.5)[bin].mean() for bin in filled], "o-",
                     label="against the annotators")
         middle.plot(x, [agreed[bin & decided].mean() for bin in filled], "s:", color="C1",
                     label="against gold")
         middle.set(title=f"level {level}: reliability, ECE {found['ece']:.3f}",
                    xlabel="confidence", ylabel="share right")
-        middle.legend(fontsize=8)
-        right.bar(["shorter", "about as long", "longer"], by_length, color="C2")
-        right.axhline(found["accuracy_annotators"], color="C7", linestyle="--")
+        middle.legend(fontsize=9)
+        right.bar(["shorter", "about as long", "longer"], by_length, color="C0")
+        right.axhline(found["accuracy_annotators"], color="C3", linestyle="--")
         right.set(title=f"level {level}: share right where the chosen is …", ylim=(0, 1))
     save_figure(figure, directory / "reward_models.png")
 

@@ -177,7 +177,7 @@ def set_pooling(model, tokenizer):
 
     A classifier computes its logits from ONE token, the last that is not padding, because only that
     one has seen the whole text. If padding and end are one token, it takes the end for padding.
-    So another token becomes the padding. It may occur inside a text: only the last place counts.
+    So another token becomes the padding. That it may occur inside a text does no harm.
     """
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     other = (end + 1) % model.config.vocab_size
@@ -360,7 +360,7 @@ def read_once(model, prompt_ids, prompt_mask, which):
 
     prompt_ids, prompt_mask [P, T], padded on the left; which [B]: the number of each answer's
     prompt. The output has the logits [P, 1, V] of the answers' first token, and a cache: the
-    model's memory of the tokens it has read, so that a further token costs one token.
+    model's memory of the tokens it has read. For one more token it computes that token only.
     """
     # Positions count from the first real token: mask 0 0 1 1 1 -> positions 0 0 0 1 2
     positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)            # [P, T]
@@ -383,7 +383,7 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     which = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)        # [B]
     start = read_once(model, prompt_ids, prompt_mask, which)
     cache = start.past_key_values
-    for layer in cache.layers:        # room for the new tokens, far below
+    for layer in cache.layers:        # room for more tokens: see RoomyLayer
         layer.__class__ = RoomyLayer if type(layer) is DynamicLayer else type(layer)
     logits, B = start.logits[which, -1], len(which)                     # [B, V]
     mask = prompt_mask[which]                                           # [B, T], grows by 1 a step
@@ -402,7 +402,7 @@ def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature
     rows = torch.arange(B, device=device)                               # [S]: answers in the batch
     finished = torch.zeros(B, dtype=torch.bool, device=device)          # [S]: have they ended?
     for t in range(max_tokens):
-        # Eq. 3  π(y_t|…) = softmax(penalised logits / T)
+        # Eq. 3  π(y_t|…) = softmax(penalised logits / temperature)
         logits = penalise(logits.float(), seen, penalty) / temperature  # [S, V]
         logp = logits.log_softmax(dim=-1)                               # [S, V]
         token = sample_tokens(logp, generator)                          # [S]
@@ -544,7 +544,7 @@ def update(config, accelerator, policy, optimizer, batch):
     for number, part in enumerate(parts, 1):
         # Gradients add up over the parts. Several processes exchange them once, with the last
         # part, and average them, while our loss divides by the answers of all: hence the
-        # factor. With one process both lines do nothing
+        # factor. With one process no_sync and the factor do nothing
         last = number == len(parts)
         with contextlib.nullcontext() if last else accelerator.no_sync(policy):
             with accelerator.autocast():
@@ -808,7 +808,7 @@ def show_answers(log, prompt, texts, rewards):
 
 
 def write_samples(out, number, prompts, texts, rewards):
-    """The answers of one update as JSON Lines, for whoever wants to judge them (this process's)."""
+    """The answers of one update as JSON Lines, to be judged later (this process's)."""
     G = len(texts) // len(prompts)
     rows = [dict(prompt=prompts[k // G], text=text, reward=round(reward, 4))
             for k, (text, reward) in enumerate(zip(texts, rewards.tolist()))]
@@ -851,7 +851,7 @@ def save(model, tokenizer, directory):
 
 
 def save_checkpoint(out, model, optimizer, state):
-    """The tables, then everything that --resume needs, last: whoever finds it finds the rest."""
+    """The tables, then everything that --resume needs, last: where it is, the rest is."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "timing.csv", state["clock"])
     beside = out / "checkpoint.pt.part"       # straight to disk: weights and Adam may be gigabytes
@@ -1070,7 +1070,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors

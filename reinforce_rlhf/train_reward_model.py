@@ -5,7 +5,7 @@
     python train_reward_model.py --dataset my_pairs.jsonl    prompt, chosen and rejected per line
     python train_reward_model.py --level 2 --break upper-triangle      a famous bug: see README.md
 
-Expect 80 % or more of the held-out pairs in the right order (reinforce_rlhf_eval.py counts them
+Expect 80 % or more of the held-out pairs in gold's order (reinforce_rlhf_eval.py counts them
 when this script is done). It is part 1 of the lesson: part 2,
 train_reinforce_rlhf.py, starts this script unless it is given a reward model.
 
@@ -160,7 +160,7 @@ def set_pooling(model, tokenizer):
 
     A classifier computes its logits from ONE token, the last that is not padding, because only that
     one has seen the whole text. If padding and end are one token, it takes the end for padding.
-    So another token becomes the padding. It may occur inside a text: only the last place counts.
+    So another token becomes the padding. That it may occur inside a text does no harm.
     """
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     other = (end + 1) % model.config.vocab_size
@@ -332,7 +332,7 @@ def train(config, out, device, log=print, bar=False):
     size = min(config.batch_size, len(chosen))
     batches = sample_batches(lengths, size, config.epochs, config.seed)
     # Adam remembers the size of the gradients for some 50 steps (second beta .98). Weight decay
-    # works against learning the pairs by heart: each comes several times
+    # works against memorising the pairs: each comes several times
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98),
                                   weight_decay=0.01)
     # 16-bit arithmetic on CUDA, but not for the small models
@@ -737,7 +737,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors

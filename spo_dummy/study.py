@@ -1,4 +1,4 @@
-"""Makes the tables and the figure of README.md: trains SPO on every target, data, loss, and break.
+"""Makes the tables and the figure of README and STUDY: trains on every target, data, loss, break.
 
     python study.py runs/study      110 runs, half an hour or more: tables.md and bars.png
     python study.py --q0            bias and spread of the Monte-Carlo soft value; a few seconds
@@ -199,17 +199,16 @@ def draw_bars(logprobs, ref_logprobs, target, beta):
     from spo_eval import all_outcomes, calibration, closed_form, np, plt, png_of
     optimum = closed_form(ref_logprobs, target, beta)
     places = np.arange(1, 102)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[2.4, 1],
-                                         layout="constrained")
-    left.bar(places, optimum["pi_ref"], width=1.0, color="C7", alpha=0.5, label="π_ref: before")
+    figure, (left, right) = plt.subplots(2, 1, figsize=(8, 6.6), layout="constrained")
+    left.bar(places, optimum["pi_ref"], width=1.0, color="C3", alpha=0.5, label="π_ref: before")
     left.bar(places, all_outcomes(logprobs), width=0.8, color="C0", label="π_θ: learned")
-    left.stairs(optimum["pi_star"], np.arange(0.5, 102), color="C3", linewidth=1.2, baseline=None,
+    left.stairs(optimum["pi_star"], np.arange(0.5, 102), color="C2", linewidth=1.2, baseline=None,
                 label="π*: exact optimum")
     left.set(xlabel="answer (the last bar: everything invalid)", ylabel="probability",
              xlim=(0, 102), title=f"target {target}, β {beta}")
-    left.legend(fontsize=8)
+    left.legend(fontsize=9)
     q_terminal, rewards = calibration(logprobs, ref_logprobs, target, beta)
-    right.plot([-1, 0], [-1, 0], color="C3", linewidth=1)
+    right.plot([-1, 0], [-1, 0], color="C2", linewidth=1)
     right.scatter(rewards, q_terminal, s=9, color="C0")
     right.set(xlabel="reward r", ylabel="Q_T = Q0 + β·log-ratio",
               title="what the policy says it will earn")
@@ -234,6 +233,7 @@ def main():
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     plt.switch_backend("Agg")
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     if args.bars:
         policy, reference, tokenizer, config = load_run(args.weights)
         both = [enumerate_answers(model, tokenizer) for model in (policy, reference)]

@@ -1,7 +1,7 @@
 """Soft Policy Optimization (SPO): learn from answers of any origin, and land on a known optimum.
 
     python train_spo.py                        under a minute on one core
-    python train_spo.py --preset original      the settings of the repository it follows
+    python train_spo.py --preset original      another repository's settings: ends in empty answers
     python train_spo.py --model Qwen/Qwen2.5-1.5B-Instruct --lr 1e-5 --batch-size 64     (hub, GPU)
     accelerate launch train_spo.py             several processes or GPUs
 
@@ -132,7 +132,7 @@ class Config:
                      choices=("", *BREAKS))
 
 
-# Those of dummy_experiment.py in the repository that this lesson follows (README.md, section 7)
+# Those of dummy_experiment.py in the repository that this lesson follows (STUDY.md)
 PRESETS = {"original": dict(target=1, behaviour="uniform", epochs=3, samples=200, batch_size=1,
                             beta=0.01, loss="squared", q0="mc", q0_samples=256, lr=1e-4,
                             lr_schedule="constant", max_grad_norm=1.0, patience=3),
@@ -849,7 +849,7 @@ def save(model, tokenizer, directory):
 
 
 def save_checkpoint(out, model, optimizer, state):
-    """The tables, then everything that --resume needs, last: whoever finds it finds the rest."""
+    """The tables, then everything that --resume needs, last: where it is, the rest is too."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "timing.csv", state["clock"])
     beside = out / "checkpoint.pt.part"       # straight to disk: weights and Adam may be gigabytes
@@ -1046,7 +1046,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) has gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors

@@ -146,7 +146,7 @@ def test_perfect_episodes_leave_the_policy_alone_unless_whitened():
     ones = torch.ones(500, 16)
     returns = train.rewards_to_go(ones, 0.99)
     assert (returns - train.leave_one_out_baseline(returns, ones)).abs().max() < 1e-4
-    for gamma, first, last, pushed_down in ((1.0, 1.73, -1.73, 250), (0.99, 0.78, -3.24, 161)):     # the README's figures
+    for gamma, first, last, pushed_down in ((1.0, 1.73, -1.73, 250), (0.99, 0.78, -3.24, 161)):     # figures of the texts
         whitened = train.whiten_within_episode(train.rewards_to_go(ones, gamma), ones)[:, 0]
         assert whitened[0] == pytest.approx(first, abs=0.01) and whitened[-1] == pytest.approx(last, abs=0.01)
         assert (whitened < 0).sum() == pushed_down and (whitened[-pushed_down:] < 0).all()
@@ -172,6 +172,24 @@ def test_baseline_by_hand_and_where_nobody_else_is_alive():
     mask = torch.tensor([[1.0, 1, 1], [1, 0, 1], [1, 0, 0]])
     expected = torch.tensor([[3.0, 3.5, 2.5], [3.0, 0, 2.0], [0, 0, 0]])
     assert torch.equal(train.leave_one_out_baseline(returns, mask), expected)
+
+
+def test_the_worked_example_of_the_readme():
+    """Three episodes of 3, 2 and 1 steps: returns, baselines, advantages, the loss, and one derivative."""
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 0, 0]])                                       # [T, N]
+    returns = train.rewards_to_go(mask, 1.0)
+    baseline = train.leave_one_out_baseline(returns, mask)
+    advantages = (returns - baseline) * mask
+    assert returns.T.tolist() == [[3, 2, 1], [2, 1, 0], [1, 0, 0]]
+    assert baseline.T.tolist() == [[1.5, 1, 0], [2, 2, 0], [2.5, 0, 0]]
+    assert advantages.T.tolist() == [[1.5, 1, 1], [0, -1, 0], [-1.5, 0, 0]]
+    logprobs = torch.tensor([[0.5, 0.8, 0.5], [0.8, 0.25, 1], [0.5, 1, 1]]).T.log()
+    assert (logprobs * advantages).sum(dim=0).tolist() == pytest.approx([-1.956, 1.386, 1.040], abs=5e-4)
+    assert train.policy_gradient_loss(logprobs, advantages, mask).item() == pytest.approx(-0.157, abs=5e-4)
+    logits = torch.zeros(2, requires_grad=True)                                                    # episode 3: one half each
+    logprobs = torch.stack([logprobs[:, 0], logprobs[:, 1], torch.log_softmax(logits, -1)[0].expand(3)], dim=1)
+    train.policy_gradient_loss(logprobs, advantages, mask).backward()
+    assert logits.grad.tolist() == pytest.approx([0.25, -0.25])
 
 
 def test_rows_behind_the_end_change_nothing():

@@ -191,6 +191,19 @@ def test_the_clip_acts_on_the_right_side_only():
         assert (logprobs.grad.item() != 0) == moves and (clipped.item() == 1) == (not moves)
 
 
+def test_the_worked_example_of_the_readme():
+    """Four rewards, then one token of the best answer and the same token of the worst."""
+    advantages = train.group_advantages(torch.tensor([2.0, 0.0, 1.0, 1.0]), 4, "group")
+    assert advantages.tolist() == pytest.approx([1.2246, -1.2246, 0, 0], abs=1e-4)
+    weight = train.token_weights(torch.ones(4, 5), "sequence", 4, 20, 64)[:1, :1]                  # one of 5 tokens, one of 4 answers
+    assert weight.item() == pytest.approx(1 / 20)
+    now, old, ref = (torch.full((1, 1), math.log(p)) for p in (0.5, 0.4, 0.25))
+    for advantage, gain, clipped, wanted in ((advantages[:1], 1.4695, True, -0.0715), (advantages[1:2], -1.5307, False, 0.0785)):
+        loss, policy_loss, kl_loss, share = train.grpo_loss(now, old, ref, advantage, weight, 0.2, 0.2, "k3")
+        assert policy_loss.item() == pytest.approx(-gain / 20, abs=1e-5) and kl_loss.item() == pytest.approx(0.1931 / 20, abs=1e-5)
+        assert loss.item() == pytest.approx(wanted, abs=5e-5) and (share.item() > 0) == clipped
+
+
 def test_loss_is_zero_while_the_gradient_is_not():
     """What puzzles everybody: at the first step the loss of GRPO is 0 (the mean advantage), and yet it teaches."""
     model, batch = MODELS["gpt2"], a_batch()

@@ -18,10 +18,12 @@ ALLOWED = {"torch", "gymnasium", "transformers", "accelerate", "numpy", "matplot
 OPTIONAL = {"datasets", "wandb", "tensorboard", "deepspeed"}      # inside a function, behind a flag
 BROUGHT_ALONG = {"PIL": "matplotlib", "filelock": "torch", "safetensors": "transformers", "tokenizers": "transformers", "huggingface_hub": "transformers",
                  "yaml": "transformers"}
-TOP_LEVEL = {*FOLDERS, "tests", "requirements.txt", "README.md", "LICENSE", "pytest.ini", ".gitignore", ".ci", ".gitattributes"}
+TOP_LEVEL = {*FOLDERS, "tests", "docs", "requirements.txt", "README.md", "LICENSE", "pytest.ini", ".gitignore", ".ci", ".gitattributes"}
 LESSONS = [folder for folder in FOLDERS if (REPO / folder).is_dir()]
 SCRIPTS = sorted(path for folder in LESSONS for path in (REPO / folder).glob("*.py"))
 READMES = [REPO / "README.md", *(REPO / folder / "README.md" for folder in LESSONS)]
+STUDIES = [REPO / folder / "STUDY.md" for folder in LESSONS]
+TEXTS = [*READMES, *STUDIES, *sorted((REPO / "docs").glob("*.md")), REPO / "tests" / "README.md"]
 OWN_CODE = {"main", "parse_args", "Config", "train", "check_together"}      # the names that may stand for different code in two scripts of a folder
 MARK = "The first reading ends here"
 GAMES = {"cartpole_reinforce", "tictactoe_actorcritic", "lunarlander_ppo"}
@@ -137,9 +139,119 @@ def test_equation_tags_stand_in_script_and_readme(folder):
 @functools.cache
 def help_of(script):
     """What --help prints. A lesson's script says it inside this process, which saves importing torch."""
-    if "tests" in script.relative_to(REPO).parts:
+    if "tests" in script.relative_to(REPO).parts or script.name == "study.py":      # these import others of their folder
         return run(script, "--help").stdout
     return call(load(script.relative_to(REPO)), "--help").stdout
+
+
+# ---- the texts ------------------------------------------------------------------------------------------------------
+
+SECTIONS = ["1 · Idea", "2 · Run", "3 · Derivation", "4 · New since the previous lesson", "5 · Healthy and sick", "6 · Results",
+            "7 · Break it: predict, then look", "8 · Exercises", "9 · Common errors", "10 · References"]
+# Words at which readers stopped: riddles, private words, or the wrong word for "sample", "after" and "omit"
+BANNED = [r"write-up", r"this one replaces", r"leave the flag", r"flag away", r"\bwhoever\b", r"yardstick", r"by heart\b", r"for ever\b", r"behind the end",
+          r"\bdrew\b", r"(?<!with )\bdrawn (from|by)\b", r"\bdraws? (an? |the |one )?(answer|action|token|sample|problem|prompt)", r"\bbends\b", r"\bwho opponent"]
+# Macros that GitHub, VS Code and Jupyter all draw. A backslash before a sign is eaten by Markdown; GitHub refuses \operatorname
+MACROS = set("""frac dfrac tfrac sqrt sum prod int log exp min max lim infty pi theta gamma lambda beta alpha delta epsilon varepsilon rho sigma tau mu phi nabla partial
+    mathbb mathrm mathcal mathbf text hat bar tilde dot ldots cdots dots cdot times pm mp le ge lt gt ne neq approx equiv propto sim in notin to mapsto mid parallel lvert rvert lVert rVert
+    lbrace rbrace langle rangle lfloor rfloor left right big Big bigg Bigg bigl bigr Bigl Bigr quad qquad thinspace negthinspace underbrace overbrace underset overset begin end
+    circ cup cap setminus subset Delta Sigma Pi Theta Omega forall exists neg land lor Rightarrow rightarrow leftarrow Leftrightarrow binom ell eta kappa omega star prime top perp
+    displaystyle textstyle operatorname_is_not_here""".split())
+per_text = pytest.mark.parametrize("page", TEXTS, ids=lambda path: f"{path.parent.name}-{path.name}")
+
+
+def without_code(text):
+    return re.sub(r"`[^`\n]*`", "code", re.sub(r"```.*?```", "", text, flags=re.S))
+
+
+def formulas(text):
+    """Every formula between dollar signs, displayed ones first."""
+    text = without_code(text)
+    displayed = re.findall(r"\$\$(.+?)\$\$", text, re.S)
+    return displayed + re.findall(r"(?<!\$)\$(?!\$)([^$\n]+)\$", re.sub(r"\$\$.+?\$\$", "", text, flags=re.S))
+
+
+@per_lesson
+def test_a_readme_is_a_lesson(folder):
+    text = (REPO / folder / "README.md").read_text(encoding="utf8")
+    assert re.findall(r"^## (.+)$", text, re.M) == SECTIONS
+    words = len(re.sub(r"```.*?```", "", text, flags=re.S).split())
+    assert words <= 3000, f"{words} words: what only some readers want belongs into STUDY.md"
+
+
+@per_text
+def test_formulas_are_drawn_everywhere(page):
+    """By GitHub, VS Code and Jupyter: known macros, no backslash before a sign, dollar signs where GitHub sees them; a TeX tool reads each."""
+    from latex2mathml.converter import convert
+    text = page.read_text(encoding="utf8")
+    for formula in formulas(text):
+        assert not re.search(r"\\[^A-Za-z]", formula), f"a backslash before a sign: {formula}"
+        assert set(re.findall(r"\\([A-Za-z]+)", formula)) <= MACROS, f"a macro that not everybody draws: {formula}"
+        assert formula == formula.strip() or page.suffix != ".md" or "\n" in formula, f"a blank inside the dollar signs: {formula!r}"
+        assert formula.count("{") == formula.count("}") and formula.count(r"\left") == formula.count(r"\right") + formula.count(r"\leftarrow"), formula
+        assert convert(formula)
+    for line in without_code(text).split("\n"):
+        assert line.replace("$$", "").count("$") % 2 == 0, f"a lonely dollar sign: {line}"
+        for before, after in re.findall(r"(.?)(?<!\$)\$(?!\$)[^$]+\$(.?)", line):
+            assert not before.isalnum() and not after.isalnum(), f"GitHub sees no formula beside a letter: {line}"
+        if line.startswith("|"):
+            assert not any("|" in formula for formula in formulas(line)), f"the bar ends a cell of the table: {line}"
+
+
+@per_text
+def test_plain_words(page):
+    text = without_code(page.read_text(encoding="utf8")).lower()
+    for word in BANNED:
+        found = re.search(f".*{word}.*", text)
+        assert not found, f"{word}: {found[0][:200]}"
+
+
+@per_lesson
+def test_every_figure_is_shown_and_described(folder):
+    shown = set()
+    for page in (REPO / folder / "README.md", REPO / folder / "STUDY.md"):
+        text = page.read_text(encoding="utf8")
+        for alt, path in re.findall(r"!\[([^\]]*)\]\((figures/[^)]+)\)", text) + [(alt, path) for path, alt in
+                                                                               re.findall(r'<img src="(figures/[^"]+)"[^>]*alt="([^"]*)"', text)]:
+            assert len(alt.split()) >= 4, f"{path}: the text in place of the picture says too little: {alt!r}"
+            shown.add(path)
+    assert shown == {f"figures/{path.name}" for path in (REPO / folder / "figures").iterdir()}
+
+
+@per_text
+def test_every_flag_exists(page):
+    """Each --flag in a text belongs to a script of its folder, or to a tool whose name stands in the same line."""
+    scripts = list(page.parent.glob("*.py")) if page.parent.name in LESSONS else SCRIPTS
+    known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "".join(help_of(script) for script in scripts)))
+    others = r"accelerate|torchrun|pip|pytest|uv |apt|tests/|hf download|git |run\.py|evaluate\.py"
+    for line in page.read_text(encoding="utf8").split("\n"):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line):
+            assert flag in known or re.search(others, line), f"no script has {flag}: {line[:200]}"
+
+
+def anchors(page):
+    """The addresses of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf8"), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@per_text
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf8")
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_each_term_of_the_glossary_is_used():
+    """By a link from some text, or by its name."""
+    glossary = REPO / "docs" / "glossary.md"
+    texts = "".join(page.read_text(encoding="utf8") for page in TEXTS if page != glossary).lower()
+    terms = re.findall(r"^### (.+)$", glossary.read_text(encoding="utf8"), re.M)
+    assert terms == sorted(terms, key=str.lower) and len(terms) > 40
+    for term in terms:
+        assert term.lower() in texts, f"nobody uses {term}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)

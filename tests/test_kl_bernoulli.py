@@ -187,6 +187,25 @@ def test_half_loss_at_many_tokens_moves_the_sampled_tokens_logit_by_p_minus_one_
     torch.testing.assert_close(gradient.gather(1, ids[:, None])[:, 0], logp.detach().exp() - 0.5)
 
 
+def test_the_worked_example_of_the_readme():
+    """Four tokens with the logits 2, 1, 0, 0; the second one, or the favourite, was sampled."""
+    logits = toy(2.0, 1.0, 0.0, 0.0)
+    logp, log1mp, logP, log1mP, _ = terms = train.token_terms(logits, torch.tensor([1]))
+    close = lambda value, wanted: value == pytest.approx(wanted, abs=1e-4)
+    assert close(logp.exp().item(), 0.2245) and close(logP.exp().item(), 0.6103) and close(log1mp.item(), -0.2543)
+    for detach, wanted in ((True, -0.3858), (False, -0.6171)):
+        loss = train.kl_loss(*terms[:4], detach)
+        gradient, = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        assert close(loss.item(), 0.3421) and close(gradient[0, 1].item(), wanted)
+    assert close(train.kl_loss(logP, log1mP, logp, log1mp, False).item(), 0.3091)                   # the other direction, KL(p‖P)
+    loss = train.half_loss(logp, log1mp, "all")
+    gradient, = torch.autograd.grad(loss.sum(), logits)
+    assert close(loss.item(), 0.1809) and close(gradient[0, 1].item(), -0.2755) and train.half_loss(logp, log1mp, "confident").item() == 0
+    terms = train.token_terms(logits, torch.tensor([0]))
+    gradient, = torch.autograd.grad(train.half_loss(*terms[:2], "all").sum(), logits, retain_graph=True)
+    assert close(train.kl_loss(*terms[:4], False).item(), 0) and close(gradient[0, 0].item(), 0.1103)
+
+
 @pytest.mark.parametrize("gap", [1, 17, 30, 60, 100])
 @pytest.mark.parametrize("drawn", [0, 1])
 def test_losses_stay_finite_and_exact_at_any_gap(gap, drawn):

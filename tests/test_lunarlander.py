@@ -83,9 +83,9 @@ def column(*numbers):
     ("time limit in the middle", (0, 0, 0), (0, 1, 0), (2, 20, 20), (2.25, 9.0, 9.0)),
     ("crash on the last allowed step", (0, 0, 1), (0, 0, 1), (2, 2, 20), (-0.0625, -0.25, -1.0))])
 def test_gae_by_hand_on_three_steps(name, terminated, truncated, next_values, advantages):
-    """γ = λ = 1/2, rewards 1, values 2; behind an end, and behind the batch, the observation is worth 20.
+    """γ = λ = 1/2, rewards 1, values 2; after an end, and after the batch, the observation is worth 20.
 
-    δ is 1 + ½·2 − 2 = 0 within, 1 + ½·20 − 2 = 9 behind a time limit, 1 − 2 = −1 behind a crash; A = δ + ¼·A_{t+1}."""
+    δ is 1 + ½·2 − 2 = 0 within, 1 + ½·20 − 2 = 9 at a time limit, 1 − 2 = −1 at a crash; A = δ + ¼·A_{t+1}."""
     got = train.compute_gae(column(1, 1, 1), column(2, 2, 2), column(*next_values), column(*terminated), column(*truncated), 0.5, 0.5)
     torch.testing.assert_close(got[0], column(*advantages))
     torch.testing.assert_close(got[1], column(*advantages) + 2)
@@ -102,6 +102,24 @@ def test_the_docstrings_examples():
         value, _ = train.ppo_loss(logprob, zero, torch.tensor([advantage]), zero, zero, zero, 0.2, 0.5, 0.0)
         value.backward()
         assert value.item() == pytest.approx(loss) and logprob.grad.item() == pytest.approx(slope)
+
+
+def test_the_worked_example_of_the_readme():
+    """Three rows, γ = .9, λ = .5: row 1 is truncated, row 2 crashes. Then the loss of row 0 alone."""
+    rewards, values, next_values, nothing, ends = column(1, -1, -1), column(3, 2, 4), column(2, 10, 6), column(0, 0, 0), column(0, 1, 0)
+    advantages, returns = train.compute_gae(rewards, values, next_values, column(0, 0, 1), ends, 0.9, 0.5)
+    torch.testing.assert_close(advantages, column(2.5, 6, -5))
+    torch.testing.assert_close(returns, column(5.5, 8, -1))
+    deltas, _ = train.compute_gae(rewards, values, next_values, column(0, 0, 1), ends, 0.9, 0)
+    torch.testing.assert_close(deltas, column(-0.2, 6, -5))
+    crash, _ = train.compute_gae(rewards, values, next_values, column(0, 1, 1), nothing, 0.9, 0.5)
+    torch.testing.assert_close(crash, column(-1.55, -3, -5))
+    for advantage, policy_loss, slope, total in ((2.5, -3, 0, -1.4505), (-5, 7, 7, 8.5495)):
+        logprob = torch.tensor([0.35]).log().requires_grad_()
+        loss, terms = train.ppo_loss(logprob, torch.tensor([0.25]).log(), torch.tensor([advantage]), torch.tensor([1.3]), torch.tensor([3.0]),
+                                     torch.tensor([5.5]), 0.2, 0.5, 0.01)
+        loss.backward()
+        assert [terms["policy_loss"].item(), logprob.grad.item(), loss.item()] == pytest.approx([policy_loss, slope, total], abs=1e-5)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------

@@ -353,6 +353,20 @@ def test_rloo_advantages_examples_and_identity():
     torch.testing.assert_close(train.rloo_advantages(rewards.flatten() + 7, 5), got, atol=1e-5, rtol=0)
 
 
+def test_the_worked_example_of_the_readme():
+    won, lost = torch.tensor([[2.0]], requires_grad=True), torch.tensor([[1.0]], requires_grad=True)
+    for center, loss, slopes in ((0.0, 0.313, (-0.269, 0.269)), (0.01, 0.403, (-0.209, 0.329))):
+        found = reward.pair_loss(won, lost, center)
+        assert found.item() == pytest.approx(loss, abs=6e-4)
+        assert [slope.item() for slope in torch.autograd.grad(found, (won, lost))] == pytest.approx(slopes, abs=6e-4)
+    grades = torch.full((2, 10), -math.inf)                       # the grades 4 to 10 have probability 0
+    grades[:, :3] = torch.tensor([[0.1, 0.3, 0.6], [0.5, 0.3, 0.2]]).log()
+    losses = [reward.pair_loss(grades[:1], grades[1:], 0.0, inverted).item() for inverted in (False, True)]
+    assert losses == pytest.approx([0.462, 2.207], abs=6e-4) and losses == pytest.approx([-math.log(0.63), -math.log(0.11)], abs=1e-5)
+    assert reward.reward_from_logits(grades).tolist() == pytest.approx([2.5, 1.7])
+    assert train.rloo_advantages(torch.tensor([4.0, 2.0, 1.0, 1.0]), 4).tolist() == pytest.approx([8 / 3, 0.0, -4 / 3, -4 / 3])
+
+
 def test_baselines_are_the_running_mean_and_the_moving_average():
     means = np.random.default_rng(0).normal(size=20)
     mean = ema = warm = means[0]                                  # warm start: a batch sampled before training counts as the first one

@@ -188,6 +188,23 @@ def test_cross_entropy_is_flat_at_the_optimum_even_for_the_best_answer_and_refus
         train.spo_loss(torch.zeros(2), torch.tensor([0.0, 0.1]), 0.0, 0.1, "cross-entropy")
 
 
+def test_the_worked_example_of_the_readme():
+    """Section 3: only three answers exist, and β is .5."""
+    beta, rewards = 0.5, torch.tensor([train.reward_of(text, 42) for text in ("42", "13", "100")])
+    reference, policy = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.4, 0.4, 0.2])
+    q0 = train.soft_value(reference.log(), rewards, beta)
+    optimum = reference * ((rewards - q0) / beta).exp()           # Eq. 5
+    assert q0.item() == pytest.approx(-0.4864, abs=1e-4) and optimum.tolist() == pytest.approx([0.5291, 0.2919, 0.1790], abs=1e-4)
+    for kind, here, at_the_optimum in (("squared", 0.0158, 0.0), ("cross-entropy", 0.4268, 0.4174)):
+        loss, claims = train.spo_loss((policy / reference).log(), rewards, q0, beta, kind)
+        assert loss.item() == pytest.approx(here, abs=1e-4) and claims.tolist() == pytest.approx([-0.1398, -0.3425, -0.9445], abs=1e-4)
+        assert train.spo_loss((optimum / reference).log(), rewards, q0, beta, kind)[0].item() == pytest.approx(at_the_optimum, abs=1e-4)
+    kl = [(policy * (policy / other).log()).sum().item() for other in (reference, optimum)]
+    assert kl == pytest.approx([0.2091, 0.0363], abs=1e-4) and 0.5 * (policy - optimum).abs().sum().item() == pytest.approx(0.1291, abs=1e-4)
+    objective = (policy * rewards).sum().item() - beta * kl[0]
+    assert objective == pytest.approx(-0.505, abs=1e-3) and objective == pytest.approx(q0.item() - beta * kl[1], abs=1e-6)      # step 2
+
+
 @pytest.mark.parametrize("q0, tolerance", [("exact", 1e-6), ("mc", 0.02)])
 def test_the_trainers_own_q0_against_enumeration(q0, tolerance):
     model, tokenizer = shipped_model()

@@ -168,6 +168,20 @@ def test_the_docstrings_example_and_the_sign():
     assert logits.grad[0, 2].item() == pytest.approx(0.5)
 
 
+def test_the_worked_example_of_the_readme():
+    board = (1, -1, 1, 1, -1, -1, 0, 0, 0)                        # X O X / X O O / . . ., X to move
+    raw = torch.tensor([[9.0] * 6 + [0.0, math.log(2), 0.0]], requires_grad=True)
+    logits = train.legal_logits(lambda _: raw, torch.tensor([board]))
+    assert logits.softmax(-1)[0].tolist() == pytest.approx([0] * 6 + [0.25, 0.5, 0.25])
+    sampled, outcome, value = torch.tensor([6]), torch.tensor([1.0]), torch.tensor([0.2])
+    loss, terms = train.actor_critic_loss(logits, sampled, outcome, value, 0.5, 0.2)
+    assert terms == pytest.approx(dict(actor_loss=1.109, critic_loss=0.32, entropy=1.040), abs=5e-4)
+    assert loss.item() == pytest.approx(1.061, abs=5e-4)
+    actor_loss, _ = train.actor_critic_loss(logits, sampled, outcome, value, 0.0, 0.0)
+    assert torch.autograd.grad(actor_loss, raw)[0][0].tolist() == pytest.approx([0] * 6 + [-0.6, 0.4, 0.2])
+    assert [-VALUES[train.after(board, square)] for square in (6, 7, 8)] == [1, 0, -1] and VALUES[board] == 1
+
+
 # ---- games ----------------------------------------------------------------------------------------------------------
 
 class Fixed(torch.nn.Module):

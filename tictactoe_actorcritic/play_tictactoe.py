@@ -185,7 +185,7 @@ def board_text(game):
 
 
 def opinion_text(game):
-    """The agent's probabilities for whoever is to move, and the critic's value."""
+    """The agent's probabilities for the player to move, and the critic's value."""
     probabilities, value = opinion(game.agent, game.board())
     cells = [f"{probability:4.0%}" if mark == "." else f"  {mark} "
              for probability, mark in zip(probabilities, game.marks())]
@@ -250,7 +250,7 @@ def play_terminal(agent, person_first):
 # ---- in a window ------------------------------------------------------------------------------
 
 class Window:
-    """The clickable board: squares coloured by the agent's probability for whoever is to move, and
+    """The clickable board: squares coloured by the agent's probability for the player to move, and
     a bar for the critic's value beside it."""
 
     def __init__(self, agent, person_first):
@@ -280,11 +280,11 @@ class Window:
         over = self.game.over()
         probabilities, _ = opinion(self.agent, self.game.board())
         shown = np.zeros((3, 3)) if over else np.array(probabilities).reshape(3, 3)
-        self.axes.imshow(shown, cmap="Greens", vmin=0, vmax=1.3)
+        self.axes.imshow(shown, cmap="Blues", vmin=0, vmax=1.3)
         for square, mark in enumerate(self.game.marks()):
             row, column = divmod(square, 3)
             if mark != ".":
-                colour = "C0" if mark == "X" else "C3"
+                colour = "C0" if mark == "X" else "C1"
                 self.axes.text(column, row, mark, ha="center", va="center", fontsize=44,
                                color=colour)
             elif not over:
@@ -303,7 +303,7 @@ class Window:
     def draw_value(self):
         _, value = opinion(self.agent, self.game.board())
         value = 0 if self.game.over() else value
-        self.bar.bar([0], [value], color="C2" if value > 0 else "C3")
+        self.bar.bar([0], [value], color="C0" if value > 0 else "C1")
         self.bar.axhline(0, color="black", linewidth=0.8)
         self.bar.set(ylim=(-1.05, 1.05), xticks=[], title="critic")
         self.bar.yaxis.tick_right()
@@ -383,7 +383,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) is gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

@@ -1,4 +1,4 @@
-"""Makes the tables and figures of README.md: trains five seeds, then every broken variant.
+"""Makes the tables and figures of the texts: trains five seeds, then every broken variant.
 
     python study.py runs/study      17 runs of about three minutes: tables.md and three figures
     python study.py --gif game.gif  two animated games against a random player, a few seconds
@@ -62,7 +62,7 @@ def shares_from(board, my_turn, table, values, memory):
     squares = legal_squares(board)
     if over == 0:
         shares = np.array([0.0, 1.0, 0.0])
-    elif over == -1:                                  # whoever is to move has lost
+    elif over == -1:                                  # the player to move has lost
         shares = np.array([0.0, 0.0, 1.0] if my_turn else [1.0, 0.0, 0.0])
     elif my_turn and table:
         shares = shares_from(after(board, table[board]), False, table, values, memory)
@@ -140,37 +140,40 @@ def table_of_variants(runs, variants, values):
 
 def draw_losing_lines(runs, path):
     from matplotlib import pyplot as plt
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for seed in range(SEEDS):
         proofs = runs[NORMAL, seed]["proofs"]
         updates = [proof["update"] for proof in proofs]
-        axes.plot(updates, [proof["lost"] for proof in proofs], color=f"C{seed}", marker=".",
-                  label=f"losing lines, seed {seed}")
-        axes.plot(updates, [proof["all_worse"] for proof in proofs], color=f"C{seed}", alpha=0.35,
-                  linestyle=":")
+        axes.plot(updates, [proof["lost"] for proof in proofs], color="C0", alpha=0.7)
+        axes.plot(updates, [proof["all_worse"] for proof in proofs], color="C1", alpha=0.7)
+    axes.text(700, 250, "positions of 4,520 played worse than minimax", color="C6")
+    axes.text(60, 1.6, "losing lines", color="C0", ha="right", rotation=90, va="bottom")
     axes.set_yscale("symlog", linthresh=1)
     axes.set(xlabel="updates", ylim=(-0.3, None),
-             ylabel="count (dotted: errors in all 4,520 positions)",
+             ylabel="count, a line for each of five seeds",
              title="Tic-Tac-Toe by self-play: losing lines and errors fall to 0")
-    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_variants(runs, breaks, path):
     from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, len(breaks), figsize=(10.4, 3.2), sharey=True,
-                                  layout="constrained")
+    plt.style.use("petroff10")
+    figure, grid = plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey=True,
+                                layout="constrained")
+    panels = grid.flat
     for panel, name in zip(panels, breaks):
-        for variant, colour in ((NORMAL, "C0"), (name, "C3")):
+        for variant, colour in ((NORMAL, "C0"), (name, "C2")):
             for seed in range(SEEDS_OF_VARIANTS):
                 proofs = runs[variant, seed]["proofs"]
                 panel.plot([proof["update"] for proof in proofs],
                            [proof["lost"] for proof in proofs], color=colour, alpha=0.7)
         panel.set_yscale("symlog", linthresh=1)
-        panel.set(title=name, xlabel="updates", ylim=(-0.3, None))
-    panels[0].set_ylabel("losing lines (blue: as it is)")
-    figure.savefig(path, dpi=90)
+        panel.set(title=name, ylim=(-0.3, None))
+    figure.supxlabel("updates")
+    figure.supylabel("losing lines (blue: as it is, red: broken)")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -184,47 +187,83 @@ def draw_portrait(agent, values, path):
         boards = torch.tensor(positions, dtype=torch.int8)
         guesses = agent["critic"](encode(boards)).squeeze(-1).numpy()
     truth = np.array([values[board] for board in positions])
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8),
-                                                 width_ratios=[1, 1, 1.5], layout="constrained")
+    plt.style.use("petroff10")
+    figure, axes = plt.subplot_mosaic([["left", "middle"], ["right", "right"]], figsize=(8, 7),
+                                      height_ratios=[1.4, 1], layout="constrained")
+    left, middle, right = axes.values()
     empty = (0,) * 9
     for panel, board, title in ((left, empty, "first move"),
                                 (middle, after(empty, 0), "reply to a corner")):
         probabilities, value = opinion(agent, board)
-        panel.imshow(np.array(probabilities).reshape(3, 3), cmap="Greens", vmin=0, vmax=1.3)
+        panel.imshow(np.array(probabilities).reshape(3, 3), cmap="Blues", vmin=0, vmax=1.3)
         for square, probability in enumerate(probabilities):
             text = f"{probability:.1%}" if board[square] == 0 else "X"
             panel.text(square % 3, square // 3, text, ha="center", va="center")
         panel.set(xticks=[], yticks=[], title=f"{title}; critic {value:+.2f}")
-    for true, colour in ((-1, "C3"), (0, "C7"), (1, "C2")):
+    for true, colour in ((-1, "C2"), (0, "C3"), (1, "C0")):
         right.hist(guesses[truth == true], bins=np.linspace(-1.3, 1.3, 53), color=colour, alpha=0.6,
                    label=f"true value {true} ({(truth == true).sum()} positions)")
     right.set(xlabel="critic's value", ylabel="positions",
               title="critic against minimax, all 4,520 positions")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    right.legend(fontsize=9, loc="upper left")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def game_frames(agent, person_first, rng):
-    """The pictures of one game against a random player, who plays the person's side."""
+def draw_ply(figure, game, value, person_first):
+    """A picture of the game: blue stones are the agent's. Where it is the agent's turn, each free
+    square shows its probability, and the bar what its critic expects. Returns the critic's value.
+    """
     from PIL import Image
-    from play_tictactoe import Window
-    window = Window(agent, person_first)
-    sides = "agent O, random player X" if person_first else "agent X, random player O"
-    endings = {None: "", "you lose": ": the agent wins", "you win": ": the agent loses",
-               "a draw": ": a draw"}
-    frames = []
+    from play_tictactoe import opinion
+    over, agents_mark = game.over(), "O" if person_first else "X"
+    agents_turn = not over and (len(game.plies) % 2 == 0) != person_first
+    probabilities = [0.0] * 9
+    if agents_turn:
+        probabilities, value = opinion(game.agent, game.board())
+    if over:
+        value = dict(zip(("you lose", "you win", "a draw"), (1, -1, 0)))[over]
+    figure.clear()
+    axes, bar = figure.subplots(1, 2, width_ratios=[8, 1])
+    axes.imshow(np.array(probabilities).reshape(3, 3), cmap="Blues", vmin=0, vmax=1.6)
+    for square, mark in enumerate(game.marks()):
+        row, column = divmod(square, 3)
+        text, size = (f"{probabilities[square]:.0%}", 13) if mark == "." else (mark, 44)
+        if mark != "." or agents_turn:
+            axes.text(column, row, text, ha="center", va="center", fontsize=size,
+                      color="C0" if mark == agents_mark else "black")
+    for at in (0.5, 1.5):
+        axes.axhline(at, color="black")
+        axes.axvline(at, color="black")
+    ending = {"you lose": "the agent has won", "you win": "the agent has lost", "a draw": "a draw"}
+    title = "the agent's turn" if agents_turn else "a random player's turn"
+    axes.set(xticks=[], yticks=[], title=ending[over] if over else title)
+    bar.bar([0], [value], color="C0" if value > 0 else "C1")
+    bar.axhline(0, color="black", linewidth=0.8)
+    bar.set(ylim=(-1.05, 1.05), xticks=[], title="result" if over else "critic")
+    bar.yaxis.tick_right()
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    return Image.fromarray(pixels).quantize(colors=64), value
+
+
+def game_frames(agent, person_first, rng):
+    """One picture per ply of a game; a random player takes the person's side."""
+    from matplotlib import pyplot as plt
+    from play_tictactoe import Game
+    plt.style.use("petroff10")
+    figure = plt.figure(figsize=(4.6, 3.7), dpi=100, layout="constrained")
+    game, frames, value = Game(agent, person_first), [], 0.0
     while True:
-        over = window.game.over()
-        window.axes.set_title(sides + endings[over])
-        window.figure.canvas.draw()
-        pixels = np.asarray(window.figure.canvas.buffer_rgba())[..., :3].copy()
-        picture = Image.fromarray(pixels).resize((448, 350), Image.Resampling.LANCZOS)
-        frames += [picture.quantize(colors=64)] * (3 if over else 1)
-        if over:
-            return frames
-        board = window.game.board()
-        window.take(rng.choice([square for square in range(9) if board[square] == 0]))
+        picture, value = draw_ply(figure, game, value, person_first)
+        frames.append(picture)
+        if game.over():
+            plt.close(figure)
+            return frames + [picture] * 3
+        if (len(game.plies) % 2 == 0) == person_first:
+            game.play(rng.choice([k for k, mark in enumerate(game.marks()) if mark == "."]))
+        else:
+            game.reply()
 
 
 def make_gif(out, weights, seed):

@@ -125,7 +125,7 @@ def play_out(board, my_turn, table, counts, visited):
     over = outcome_if_over(board)
     if over == 0:
         counts["drawn"] += 1
-    elif over == -1:                                  # whoever is to move has lost
+    elif over == -1:                                  # the player to move has lost
         counts["lost" if my_turn else "won"] += 1
     elif my_turn:
         visited.add(board)
@@ -261,6 +261,7 @@ def plot_curve(path, rows, config):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    plt.style.use("petroff10")        # colours that colour-blind eyes can tell apart
     proofs = [row for row in rows if row["all_worse"]]
     updates = [int(row["update"]) for row in proofs]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=[2, 1],
@@ -268,21 +269,21 @@ def plot_curve(path, rows, config):
     for key, colour, label in (
             ("first_lost", "C0", "losing lines as first player"),
             ("second_lost", "C1", "losing lines as second player"),
-            ("all_worse", "C3", "positions of 4,520 played worse than minimax")):
+            ("all_worse", "C2", "positions of 4,520 played worse than minimax")):
         top.plot(updates, [int(row[key]) for row in proofs], color=colour, marker=".", label=label)
     top.set_yscale("symlog", linthresh=1)
-    top.axhline(0, color="C2", linestyle="--", label="target: 0")
+    top.axhline(0, color="C8", linestyle="--", label="target: 0")
     broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
     top.set(ylabel="count", ylim=(-0.3, None),
             title=f"Tic-Tac-Toe by self-play, seed {config['seed']}{broken}")
-    top.legend(fontsize=8)
+    top.legend(fontsize=9)
     for key, colour in (("entropy", "C5"), ("critic_loss", "C4")):
         series = np.array([float(row[key]) for row in rows[1:]])    # row 0 is the untrained agent
         smooth = [series[max(0, update - 100):update].mean() for update in updates[1:]]
         bottom.plot(range(1, len(series) + 1), series, color=colour, alpha=0.25)
         bottom.plot(updates[1:], smooth, color=colour, linewidth=2, label=key)
     bottom.set(xlabel="updates", ylim=(0, None))
-    bottom.legend(fontsize=8)
+    bottom.legend(fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
@@ -332,7 +333,7 @@ def versus(actor, name, games, values, seed=0):
                 my_turn = not my_turn
             if outcome_if_over(board) == 0:
                 counts["drawn"] += 1
-            else:                                     # whoever is to move has lost
+            else:                                     # the player to move has lost
                 counts["lost" if my_turn else "won"] += 1
         result[side] = {key: count / games for key, count in counts.items()} | dict(games=games)
     return result
@@ -424,7 +425,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted")
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) is gone
         os._exit(1)
     except (OSError, MemoryError, UnicodeError) as problem:   # a file, the disk, memory
         fail(str(problem) or "out of memory")

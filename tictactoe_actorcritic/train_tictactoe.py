@@ -15,7 +15,7 @@ The algorithm
         every 50 updates: play out every game that can happen            Eq. 7     prove
         every 100 updates: add a frozen copy of the actor to the pool
 
-The equations (README.md explains them)
+The equations (README.md derives them)
     Eq. 1   π(a|s) = softmax of the logits of the legal moves     an illegal move: exactly 0
     Eq. 2   z_t = outcome for the learner: +1 won, 0 drawn, −1 lost     the return at γ = 1
     Eq. 3   A_t = z_t − V(s_t)                         better or worse than V(s_t) expected
@@ -120,7 +120,7 @@ class TicTacToeEnv(gym.Env):
     It shows what an environment is. Training does not use it: play_games has the same rules for
     thousands of games at once, and minimax has them once more for its tuples. Tests compare all.
 
-    Observation: [3, 3] int8 from the side of whoever is to move. Action: square 0-8. Reward, for
+    Observation: [3, 3] int8 from the side of the player to move. Action: square 0-8. Reward, for
     the player who has just moved: +1 for completing a line, −1 for an illegal move (which ends the
     game), else 0. info["action_mask"]: [9] int8, 1 where legal.
     """
@@ -151,7 +151,7 @@ class TicTacToeEnv(gym.Env):
         return obs, float(won), won or full, False, info
 
     def seen(self):
-        """(observation, info) for whoever is to move."""
+        """(observation, info) for the player to move."""
         legal = (self.board == 0).astype(np.int8)
         return self.board.reshape(3, 3).copy(), {"action_mask": legal}
 
@@ -414,7 +414,7 @@ def play_out(board, my_turn, table, counts, visited):
     over = outcome_if_over(board)
     if over == 0:
         counts["drawn"] += 1
-    elif over == -1:                                  # whoever is to move has lost
+    elif over == -1:                                  # the player to move has lost
         counts["lost" if my_turn else "won"] += 1
     elif my_turn:
         visited.add(board)
@@ -754,7 +754,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")          # a Windows pipe may not know every character
     try:
         main()
-    except BrokenPipeError:                           # whoever read our output (head) has gone
+    except BrokenPipeError:                           # the reader of our output (head) is gone
         os._exit(1)
     except Exception as problem:
         # One line for what the machine refuses (a file, the disk, memory; PyTorch and safetensors
