@@ -26,9 +26,14 @@ SEEDS, SEEDS_OF_VARIANTS = 10, 5
 BUDGET = {16: 60, 4: 120}             # episodes per update -> updates at most
 
 
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
 def run_of(directory, name, size, seed):
     """One run of the trainer; returns (returns by update, result with greedy and sampled)."""
-    from train_cartpole import fail
     out = directory / f"{name.replace(' ', '_')}_{size}_{seed}"
     command = [sys.executable, str(HERE / "train_cartpole.py"), "--quiet", "--out", str(out),
                "--seed", str(seed), "--batch-episodes", str(size), "--updates", str(BUDGET[size])]
@@ -127,6 +132,7 @@ def draw_variants(runs, breaks, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("directory", type=Path, nargs="?", help="where the runs and results go")
     parser.add_argument("--smoke", action="store_true", help="says what would run, and stops")
     args = parser.parse_args()
@@ -135,7 +141,7 @@ def main():
         return
     import matplotlib
     matplotlib.use("Agg")
-    from train_cartpole import BREAKS, fail, write
+    from train_cartpole import BREAKS, write
     if not args.directory or args.directory.exists() and any(args.directory.iterdir()):
         fail("give a directory that is empty or does not exist yet")
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -41,7 +41,7 @@ ALONE = not all((HERE / name).exists() for name in SIBLINGS)
 if not ALONE:
     import grpo_eval
     import make_answers
-    from train_grpo import BREAKS, fail, write, write_table
+    from train_grpo import BREAKS, write, write_table
 
 SEEDS = range(3)
 HEADINGS = ("reward gain, std of the base", "gold (base)", "win rate", "KL, nats", "length",
@@ -49,6 +49,12 @@ HEADINGS = ("reward gain, std of the base", "gold (base)", "win rate", "KL, nats
 SHORT = ["--batch-size", "128", "--updates", "40"]        # the budget of all comparisons
 LONG = ["--batch-size", "128", "--updates", "100", "--save-every", "10"]
 NO_KL = ["--kl-coef", "0", *LONG]
+
+
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
 
 
 def tables():
@@ -277,6 +283,7 @@ def draw_movie(run, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("directory", type=Path, nargs="?", metavar="DIR",
                         help="where the runs of the study, its tables and figures are")
     parser.add_argument("--trajectory", type=Path, metavar="RUN",

@@ -36,6 +36,12 @@ HOVER = {"gamma .99": ["--gamma", "0.99"], "gamma .97": ["--gamma", "0.97"],
          "gentle steps": GENTLE, SLOW: ["--gamma", "0.99", *GENTLE]}
 
 
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
 def groups_of(breaks):
     """{name: (flags, seeds)} of all that is trained."""
     groups = {DEFAULT: ([], range(5)), NORMAL: (SHORT, range(5))}
@@ -49,7 +55,6 @@ def directory_of(directory, name, seed):
 
 def make(directory, name, seed, flags):
     """One run of the trainer, new or resumed."""
-    from train_lunarlander import fail
     out = directory_of(directory, name, seed)
     if (out / "eval.json").exists():
         return
@@ -214,6 +219,7 @@ def study(directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("directory", type=Path, nargs="?", help="where the runs and results go")
     parser.add_argument("--compare", nargs="+", metavar="WEIGHTS", help="several policies")
     parser.add_argument("--episodes", type=int, default=100, help="flights of --compare")
@@ -224,7 +230,6 @@ def main():
         return
     import matplotlib
     matplotlib.use("Agg")
-    from train_lunarlander import fail
     if args.compare:
         compare(args.compare, np.arange(max(2, args.episodes)), Path("compare.png"))
     elif args.directory and not args.directory.is_file():

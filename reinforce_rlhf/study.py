@@ -42,6 +42,12 @@ ESTIMATORS = {"REINFORCE, b = 0": 1, "REINFORCE, b = mean of an earlier batch": 
 PARTS = ("runs", "frontier", "reward-models", "variance", "shipped")
 
 
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
 # ---- many runs ----------------------------------------------------------------------------------
 
 def train_all(jobs, directory, script="train_reinforce_rlhf.py", samples=None):
@@ -49,7 +55,6 @@ def train_all(jobs, directory, script="train_reinforce_rlhf.py", samples=None):
 
     samples: judges again with so many answers per prompt. Returns {name: directory}.
     """
-    from train_reinforce_rlhf import fail
     bar = tqdm(total=len(jobs), disable=not sys.stderr.isatty(), unit="run")
 
     def start(*words):
@@ -486,6 +491,7 @@ def reward_models(directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("directory", type=Path, nargs="?", help="where the runs and results go")
     parser.add_argument("--part", choices=PARTS, default="runs", help="which part (default: runs)")
     parser.add_argument("--repeats", type=int, default=16, metavar="N",
@@ -496,7 +502,6 @@ def main():
         print("the study trains up to 42 runs with the trainers, which must stand beside it")
         return
     import transformers
-    from train_reinforce_rlhf import fail
     if not args.directory or args.directory.exists() and not args.directory.is_dir():
         fail("give a directory for the runs and results")
     if args.repeats < 2:

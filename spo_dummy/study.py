@@ -32,6 +32,12 @@ LOSSES = ("cross-entropy", "squared")
 DEFAULTS = ("--target 42", "--beta 0.05", "--loss cross-entropy", "--q0 exact")
 
 
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
 # ---- the runs ---------------------------------------------------------------------------------
 
 def rows_of_the_tables():
@@ -76,7 +82,6 @@ def directory_of(directory, flags, seed):
 
 def make_run(out, flags, seed):
     """Trains one run, or goes on with it."""
-    from train_spo import fail
     if (out / "eval.json").exists():
         return
     words = ["--out", str(out), "--seed", str(seed), *flags]
@@ -217,6 +222,7 @@ def draw_bars(logprobs, ref_logprobs, target, beta):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("directory", type=Path, nargs="?", help="where the runs and tables go")
     parser.add_argument("--q0", action="store_true", help="only the table of estimators of Q0")
     parser.add_argument("--bars", type=Path, metavar="FILE", help="only draws π_ref, π_θ and π*, and "
@@ -229,7 +235,7 @@ def main():
         print("the study trains 110 runs with train_spo.py, which must stand beside it")
         return
     from spo_eval import enumerate_answers, load_run, plt, write
-    from train_spo import fail, transformers
+    from train_spo import transformers
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     plt.switch_backend("Agg")

@@ -30,11 +30,17 @@ SEEDS, SEEDS_OF_VARIANTS = 5, 3
 NEEDED = ("train_tictactoe.py", "tictactoe_eval.py", "play_tictactoe.py")
 
 
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
 # ---- the runs ---------------------------------------------------------------------------------
 
 def run_of(directory, name, seed):
     """One run of the trainer; returns its results, the agent, and the rows that hold a proof."""
-    from tictactoe_eval import fail, load_agent
+    from tictactoe_eval import load_agent
     out = directory / f"{name.replace(' ', '_')}_{seed}"
     command = [sys.executable, str(HERE / "train_tictactoe.py"), "--quiet", "--out", str(out),
                "--seed", str(seed)]
@@ -282,7 +288,7 @@ def make_gif(out, weights, seed):
 
 def study(directory):
     """Trains, and writes tables.md, losing_lines.png, ablation.png, portrait.png."""
-    from tictactoe_eval import fail, minimax_values, write
+    from tictactoe_eval import minimax_values, write
     from train_tictactoe import BREAKS
     if not directory or directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         fail("give a directory that is empty or does not exist yet")
@@ -304,6 +310,7 @@ def study(directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("directory", type=Path, nargs="?", help="where the runs and results go")
     parser.add_argument("--gif", type=Path, metavar="FILE", help="only an animation, no training")
     parser.add_argument("--weights", default=str(HERE / "weights"),

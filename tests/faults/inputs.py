@@ -70,8 +70,6 @@ def outcome(call):
         if status.code in (0, None):
             return ""
         said = err.getvalue()
-        if said.startswith("usage: study.py"):            # argparse's own way, in the scripts that only make tables
-            said = said.strip().split("\n")[-1] + "\n"
         one_line = said.count("\n") == 1 and "error: " in said
         return "" if status.code == 2 and one_line else f"exit status {status.code}, {err.getvalue()[:300]!r}"
     except (OSError, MemoryError, UnicodeError):          # the last lines of every script make one line of these
