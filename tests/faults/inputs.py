@@ -203,9 +203,9 @@ def main():
             tried, problems = files(max(1, int(1000 * args.share)), folder)
             table += [(kind, number, [one for one in problems if one.startswith(kind.removesuffix("s"))]) for kind, number in tried.items()]
             table.append(("lines at Tic-Tac-Toe's prompt", *lines_at_the_prompt(int(5000 * args.share))))
-        left = [name for name in os.listdir(folder) if "canary" in name]
+        left = [name for name in os.listdir(folder) if name == "canary"]
         os.chdir(here)
-    table.append(("of these, arguments that would write a file if a shell saw them", 2, left))
+    table.append(("of these, texts that make a file if a shell runs them", 2, left))
     print("| input | tried | faults |\n|---|---|---|")
     for name, number, problems in table:
         print(f"| {name} | {number:,} | {len(problems)} |")
