@@ -206,14 +206,17 @@ def movie(out):
         axis.clear()
         axis.axis("off")
         axis.text(0, 1, textwrap.fill(problems[pick].question, 88), fontsize=10, va="top")
-        for x, title, part, colour in ((0, "before", pieces[0], "C2"),
-                                       (0.5, "after training", pieces[1], "C0")):
-            axis.text(x, 0.68, title, fontsize=10, weight="bold", va="top")
+        for x, title, verdict, part, colour in (
+                (0, "before", "wrong", pieces[0], "C2"),
+                (0.5, "after training", "right", pieces[1], "C0")):
+            done = frame >= len(part)
+            axis.text(x, 0.68, f"{title}: {verdict}" if done else title, fontsize=10,
+                      weight="bold", va="top")
             axis.text(x, 0.58, "<think>" + "".join(part[:frame]), fontsize=10, va="top",
-                      family="monospace", color=colour if frame >= len(part) else "black")
+                      family="monospace", color=colour if done else "black")
     frames = [*range(max(map(len, pieces)) + 1), *[99] * 15]
     film = animation.FuncAnimation(figure, show, frames=frames, cache_frame_data=False)
-    film.save(out, writer=animation.PillowWriter(fps=7), dpi=75)
+    film.save(out, writer=animation.PillowWriter(fps=7), dpi=100)
     plt.close(figure)
 
 
