@@ -238,7 +238,7 @@ def plot_curve(path, rows, config):
         values = [float(row[key]) / scale for row in rows]
         bottom.plot(steps, values, color=colour, label=label)
     bottom.set(xlabel="million steps", ylim=(-0.1, 1.05))
-    bottom.legend(fontsize=9, ncols=3, loc=(0.3, 0.6))
+    bottom.legend(fontsize=9, ncols=3, loc=(0.2, 0.6))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
