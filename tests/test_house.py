@@ -257,6 +257,8 @@ def test_each_term_of_the_glossary_is_used():
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
 def test_readme_commands_and_links_exist(readme):
     text = readme.read_text(encoding="utf8")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        assert not re.search(r"[^\s#]# ", block), "a comment without a blank before it is an argument"
     for line in re.findall(r"(?:python3?|uv run|accelerate launch)[^\n`|]*?[\w./-]+\.py[^\n`|#]*", text):
         name, flags = re.search(r"([\w./-]+\.py)(.*)", line).groups()
         script = next((base / name for base in (REPO, readme.parent) if (base / name).exists()), None)
