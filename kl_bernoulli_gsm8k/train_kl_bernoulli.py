@@ -907,7 +907,7 @@ def save(model, tokenizer, directory):
 
 
 def save_checkpoint(out, model, optimizer, state):
-    """The tables, then everything that --resume needs, last: if it is there, so are they."""
+    """The tables, then everything that --resume needs, last: if it is there, all is there."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "tests.csv", state["tests"])
     write_table(out / "timing.csv", state["clock"])

@@ -851,7 +851,7 @@ def save(model, tokenizer, directory):
 
 
 def save_checkpoint(out, model, optimizer, state):
-    """The tables, then everything that --resume needs, last: where it is, the rest is."""
+    """The tables, then everything that --resume needs, last: if it is there, all is there."""
     write_table(out / "metrics.csv", state["rows"])
     write_table(out / "timing.csv", state["clock"])
     beside = out / "checkpoint.pt.part"       # straight to disk: weights and Adam may be gigabytes
