@@ -266,7 +266,7 @@ def train(config, out, device, log=print):
     """Trains until the task is solved, or for config.updates. Writes into the directory `out`.
 
     Returns figures for train.json. The weights kept as best.pt are those that solved the task, else
-    those that played the best batch. The last ones are often worse: nothing in Eq. 5 keeps a good
+    those that played the best batch. The last ones may be worse: nothing in Eq. 5 keeps a good
     policy good, and one unlucky batch can take a large step away from it.
     """
     torch.manual_seed(config.seed)
