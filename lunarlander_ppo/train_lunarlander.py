@@ -650,9 +650,9 @@ def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke:
         fail("--resume takes everything but --device and --quiet from the run's directory")
-    found = [run for run in HERE.glob("runs/*") if not run.name.endswith("_smoke")]
-    newest = max(found, key=os.path.getmtime, default=HERE / "runs" / "none")
-    args.out = newest if args.resume == "latest" else Path(args.resume)
+    found = [path for path in HERE.glob("runs/*/config.json") if "_smoke" not in path.parent.name]
+    newest = max(found, key=lambda path: path.parent.stat().st_mtime, default=HERE / "runs/none/-")
+    args.out = newest.parent if args.resume == "latest" else Path(args.resume)
     try:
         path = args.out / "config.json"
         assert path.is_file() and path.stat().st_size < 1_000_000       # a pipe would never end

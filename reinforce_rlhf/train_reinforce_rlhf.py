@@ -24,7 +24,7 @@ The algorithm
         one AdamW step on −A · log π(answer)                              Eq. 7   reinforce_loss
 
 The equations (README.md derives them)
-    Eq. 3   π(y_t|…) = softmax(logits / temperature)       in sampling and in training alike
+    Eq. 3   π(y_t|…) = softmax(penalised logits / temperature)   in sampling and in training alike
     Eq. 4   R = r(x, y) − β·Σ_t log(π(y_t|…) / π_ref(y_t|…))     π_ref: the frozen SFT model
     Eq. 5   REINFORCE:  A = R − b                          b: an average of earlier R
     Eq. 6   RLOO:  A_i = R_i − mean_{j≠i} R_j              over the G answers to one prompt
@@ -973,9 +973,9 @@ def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.skip_reward_training:
         fail("--resume takes everything but --device and --quiet from the run's directory")
-    found = [run for run in HERE.glob("runs/*") if not run.name.endswith("_smoke")]
-    newest = max(found, key=os.path.getmtime, default=HERE / "runs" / "none")
-    args.out = newest if args.resume == "latest" else Path(args.resume)
+    found = [path for path in HERE.glob("runs/*/config.json") if "_smoke" not in path.parent.name]
+    newest = max(found, key=lambda path: path.parent.stat().st_mtime, default=HERE / "runs/none/-")
+    args.out = newest.parent if args.resume == "latest" else Path(args.resume)
     try:
         path = args.out / "config.json"
         assert path.is_file() and path.stat().st_size < 1_000_000       # a pipe would never end

@@ -287,7 +287,7 @@ def cross_entropy(q_terminal, rewards, beta):
         raise ValueError("the cross-entropy needs rewards of at most 0, because exp(r/β) is a "
                          "probability there: subtract the greatest reward, or use --loss squared")
     # Eq. 3  The −1 lowers reward and Q_T by β, since (r − β)/β = r/β − 1. That changes π* nowhere
-    # and keeps p ≤ 1/e: at p = 1, for the best answer, −log(1 − q) would explode
+    # and keeps p ≤ 1/e: at p = 1, for the best answer, −log q would have no minimum
     p = (rewards / beta - 1).exp()                                      # [B]
     log_q = q_terminal / beta - 1                                       # [B]
     # Q_T can be far too high: for Q_T ≥ β, log(1 − q) has no value. Clamping Q_T would cut the
@@ -950,9 +950,9 @@ def resumed_run(given, args):
     """The configuration in the run directory, which --resume takes as it is."""
     if given or args.out or args.smoke or args.preset:
         fail("--resume takes everything but --device and --quiet from the run's directory")
-    found = [run for run in HERE.glob("runs/*") if not run.name.endswith("_smoke")]
-    newest = max(found, key=os.path.getmtime, default=HERE / "runs" / "none")
-    args.out = newest if args.resume == "latest" else Path(args.resume)
+    found = [path for path in HERE.glob("runs/*/config.json") if "_smoke" not in path.parent.name]
+    newest = max(found, key=lambda path: path.parent.stat().st_mtime, default=HERE / "runs/none/-")
+    args.out = newest.parent if args.resume == "latest" else Path(args.resume)
     try:
         path = args.out / "config.json"
         assert path.is_file() and path.stat().st_size < 1_000_000       # a pipe would never end

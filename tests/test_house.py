@@ -2,10 +2,13 @@
 import ast
 import functools
 import io
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tokenize
 import tomllib
 
@@ -326,3 +329,23 @@ def test_plain_words_on_a_narrow_page(script):
     for word in ("write-up", "leave the flag", "flag away", "behind the end", "drawn from the policy"):
         assert word not in text, word
     assert max(map(len, text.split("\n"))) <= 100
+
+
+@pytest.mark.parametrize("script", ["lunarlander_ppo/train_lunarlander.py", "spo_dummy/train_spo.py", "grpo_lm/train_grpo.py",
+                                    "reinforce_rlhf/train_reinforce_rlhf.py", "kl_bernoulli_gsm8k/train_kl_bernoulli.py"])
+def test_resume_latest_finds_a_run_among_pictures_and_studies(script, tmp_path, monkeypatch):
+    module = load(script)
+    runs = tmp_path / "runs"
+    for age, name in ((50, "old"), (40, "new"), (30, "study"), (20, "x_smoke"), (10, "bars.png")):
+        (runs / name).mkdir(parents=True)
+        if name not in ("study", "bars.png"):
+            stored = vars(module.Config())
+            if stored.get("group_size") == 0:                # lesson 6 resolves it before it stores it
+                stored["group_size"] = 1
+            (runs / name / "config.json").write_text(json.dumps(stored))
+        os.utime(runs / name, (time.time() - age,) * 2)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--resume", "latest"])
+    given, args = module.parse_args()
+    module.resumed_run(given, args)
+    assert args.out == runs / "new"

@@ -248,7 +248,7 @@ def judge_run(out, quiet):
     verdict += (f"; {worse} reachable positions and {anywhere} of all 4,520 played worse than "
                 "minimax")
     if result["perfect_at"]:
-        verdict += (f"; perfect since update {result['perfect_at']}, "
+        verdict += (f"; first perfect at update {result['perfect_at']}, "
                     f"{result['perfect_seconds']:.0f} s")
     print(verdict)
     print(f"{result['train_seconds']:.0f} s of training, {result['proof_seconds']:.0f} s of proofs")

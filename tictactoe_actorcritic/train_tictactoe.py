@@ -208,7 +208,7 @@ def legal_logits(actor, boards):
 # ---- the mathematics: tensors in, tensors out -------------------------------------------------
 
 def actor_critic_loss(logits, actions, outcomes, values, vf_coef, ent_coef):
-    """Actor-critic with Monte-Carlo returns (Eq. 3-6). Returns (loss, what to watch).
+    """Actor-critic with whole-game outcomes (Eq. 3-6). Returns (loss, what to watch).
 
     logits [M, 9], −inf where illegal, with gradient; actions [M]; outcomes z [M] in {−1, 0, +1};
     values [M] with gradient. All means are over the M decisions.
