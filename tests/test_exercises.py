@@ -136,3 +136,15 @@ def test_a_student_goes_through_one_exercise_of_each_kind(tmp_path):
     assert entries["cartpole/rewards_to_go"]["state"] == entries["cartpole/bug_1"]["state"] == "not yet"
     assert entries["cartpole/spread"] == dict(kind="measure", minutes=10, state="solved", first=12.0, last=140.0, tries=2, first_right=False)
     assert entries["cartpole/discount"]["first_right"] is False and entries["cartpole/critic"]["state"] == "not started"
+
+
+@pytest.mark.parametrize("lesson", common.LESSONS)
+def test_the_readme_lists_the_exercises(lesson):
+    """Section 8 has one row for each, in the same order, with the same minutes and the kind."""
+    text = (REPO / common.LESSONS[lesson][0] / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## 8 ·")[1].split("\n## 9 ·")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.split("\n") if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == [exercise.name for exercise in common.lesson_exercises(lesson)]
+    for row, exercise in zip(rows, common.lesson_exercises(lesson)):
+        assert row[1].lower().startswith("**" + exercise.kind.split(",")[0]), row
+        assert row[2] == str(exercise.minutes), row

@@ -349,3 +349,10 @@ def test_resume_latest_finds_a_run_among_pictures_and_studies(script, tmp_path, 
     given, args = module.parse_args()
     module.resumed_run(given, args)
     assert args.out == runs / "new"
+
+
+def test_the_checklist_for_contributors_names_tests_that_exist():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (REPO / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_[a-z_]+)`", (REPO / "docs" / "contributing.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    assert not [name for name in named if f"def {name}(" not in tests]

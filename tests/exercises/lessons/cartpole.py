@@ -1,4 +1,4 @@
-"""Exercises of lesson 1, REINFORCE on CartPole. (Whoever solves them does not read here: the answers stand in it.)"""
+"""Exercises of lesson 1, REINFORCE on CartPole. If you want to solve them, do not read on: the answers stand here."""
 import math
 
 import torch
@@ -228,6 +228,19 @@ so G_t at γ = 0.5 is 2 far from the end and less in the last steps: the signal 
 the discount does") shows what is lost on the way: the cart leaves the track more often.""",
     hint="G_t is nearly 2 as long as the end is more than seven steps away. In which steps does it differ from that, and which pushes are chosen there?")
 
+OWN_MEAN = Predict(
+    name="own_mean", minutes=10,
+    question="""Take the mean over ALL episodes that are alive at step t as the baseline, the own one included. By which factor does that multiply
+the advantage G − b, when n episodes are alive? Adam divides by the size of the gradient, so a constant factor would change nothing. Does this one change something?""",
+    choices={"a": "By 1: one episode more or less in a mean does not matter.",
+             "b": "By (n − 1)/n, which depends on the step, so the late steps of an episode count less.",
+             "c": "By n/(n − 1), which depends on the step, so the late steps of an episode count more."},
+    command='python -c "import torch; G = torch.tensor([5., 3., 9.]); others = (G.sum() - G) / 2; print((G - G.mean()) / (G - others))"',
+    answer="b",
+    explanation="""The command prints 2/3 for n = 3. In general G − mean = (n − 1)/n · (G − mean of the others). With 16 episodes alive that is .94. The fewer are alive,
+the smaller it is: .5 for two, 0 for the last one. Late steps are those of the longest episodes. A constant factor is cancelled by Adam, one that differs from step to step is not.""",
+    hint="Write the mean over n as (own + (n − 1) · mean of the others)/n and subtract it from the own value.")
+
 SPREAD = Measure(
     name="spread", minutes=10,
     question="""Train with a seed of your own, 5 or above. Bring back `std G`, the standard deviation of the rewards-to-go, from the last line of the table that
@@ -294,4 +307,4 @@ and call them in train. Then compare the episodes of five seeds with the table i
     accepts={"make_critic gives one value per state": critic_gives_one_value_per_state, "critic_loss is a masked mean": critic_loss_is_right,
              "the policy's gradient is that of Eq. 5": policy_does_not_see_the_critics_gradient, "seed 1 is solved": it_learns})
 
-EXERCISES = [REWARDS_TO_GO, LEAVE_ONE_OUT, LOSS, *BUGS, DISCOUNT, SPREAD, CRITIC]
+EXERCISES = [REWARDS_TO_GO, LEAVE_ONE_OUT, LOSS, *BUGS, OWN_MEAN, DISCOUNT, SPREAD, CRITIC]
