@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):       # small tensors: one thread is fastest
@@ -71,7 +72,8 @@ def reveal(lesson, exercise):
     trainer = common.trainer_of(lesson, exercise)
     if isinstance(exercise, Bug):
         line = trainer.read_text(encoding="utf-8").split(exercise.old)[0].count("\n") + 1
-        print(f"\nLine {line} of {shown(trainer)} is\n\n    {exercise.old.strip()}\n\nand became\n\n    {exercise.new.strip()}\n\n{wrap(exercise.reveal)}")
+        right, wrong = (textwrap.indent(textwrap.dedent(text).strip("\n"), "    ") for text in (exercise.old, exercise.new))
+        print(f"\nLine {line} of {shown(trainer)} is\n\n{right}\n\nand became\n\n{wrong}\n\n{wrap(exercise.reveal)}")
     elif isinstance(exercise, common.Blank):
         print(f"\nThe function {exercise.name} of {shown(trainer)} is a solution.")
     else:

@@ -277,19 +277,28 @@ def difference(came, expected, where=""):
 
 
 def describe(value, limit=400):
-    """A value in a few words: small tensors in full."""
+    """A value in a few words: small tensors in full, on one line."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         if value.numel() > 40:
             return f"a tensor of shape {list(value.shape)}"
-        return str([round(number, 4) for number in value.tolist()] if value.dim() == 1 and value.is_floating_point() else
-                   json.loads(json.dumps(value.tolist(), default=str), parse_float=lambda text: round(float(text), 4)))
+        return json.dumps(value.tolist()) if not value.is_floating_point() else json.dumps(rounded(value.tolist()))
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
         return f"a {type(value).__name__}"
-    words = repr(value) if value is not None else "None"
+    if isinstance(value, (tuple, list)):
+        words = "(" + ", ".join(describe(one) for one in value) + ")"
+    elif isinstance(value, dict):
+        words = "{" + ", ".join(f"{key!r}: {describe(one)}" for key, one in value.items()) + "}"
+    else:
+        words = repr(value)
     return words if len(words) <= limit else words[:limit] + " …"
+
+
+def rounded(numbers):
+    """Nested lists of numbers with four decimal places."""
+    return [rounded(one) for one in numbers] if isinstance(numbers, list) else round(numbers, 4)
 
 
 def outcome(function, case):
