@@ -25,8 +25,9 @@ LESSONS = {"cartpole": ("cartpole_reinforce", "train_cartpole.py", ("cartpole_ev
            "tictactoe": ("tictactoe_actorcritic", "train_tictactoe.py", ("tictactoe_eval.py",)),
            "lunarlander": ("lunarlander_ppo", "train_lunarlander.py", ("lunarlander_eval.py",)),
            "spo": ("spo_dummy", "train_spo.py", ("spo_eval.py", "weights")),
-           "grpo": ("grpo_lm", "train_grpo.py", ("grpo_eval.py", "weights", "world.json")),
-           "rlhf": ("reinforce_rlhf", "train_reinforce_rlhf.py", ("reinforce_rlhf_eval.py", "train_reward_model.py", "weights", "world.json", "data")),
+           "grpo": ("grpo_lm", "train_grpo.py", ("grpo_eval.py", "make_answers.py", "weights", "world.json")),
+           "rlhf": ("reinforce_rlhf", "train_reinforce_rlhf.py", ("reinforce_rlhf_eval.py", "train_reward_model.py", "make_answers.py", "weights",
+                                                                   "world.json", "data")),
            "kl_bernoulli": ("kl_bernoulli_gsm8k", "train_kl_bernoulli.py", ("kl_bernoulli_eval.py", "weights", "world.json", "data"))}
 
 
