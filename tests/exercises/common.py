@@ -22,7 +22,7 @@ REPO = HERE.parents[1]
 END = "The first reading ends here"
 # Name on the command line: folder, trainer, and what the trainer finds beside itself
 LESSONS = {"cartpole": ("cartpole_reinforce", "train_cartpole.py", ("cartpole_eval.py",)),
-           "tictactoe": ("tictactoe_actorcritic", "train_tictactoe.py", ("tictactoe_eval.py",)),
+           "tictactoe": ("tictactoe_actorcritic", "train_tictactoe.py", ("tictactoe_eval.py", "play_tictactoe.py")),
            "lunarlander": ("lunarlander_ppo", "train_lunarlander.py", ("lunarlander_eval.py",)),
            "spo": ("spo_dummy", "train_spo.py", ("spo_eval.py", "weights")),
            "grpo": ("grpo_lm", "train_grpo.py", ("grpo_eval.py", "make_answers.py", "weights", "world.json")),
@@ -283,7 +283,7 @@ def describe(value, limit=400):
         value = value.detach().cpu()
         if value.numel() > 40:
             return f"a tensor of shape {list(value.shape)}"
-        return json.dumps(value.tolist()) if not value.is_floating_point() else json.dumps(rounded(value.tolist()))
+        return str(rounded(value.tolist()))
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
@@ -298,8 +298,10 @@ def describe(value, limit=400):
 
 
 def rounded(numbers):
-    """Nested lists of numbers with four decimal places."""
-    return [rounded(one) for one in numbers] if isinstance(numbers, list) else round(numbers, 4)
+    """Nested lists of numbers, fractions with four decimal places."""
+    if isinstance(numbers, list):
+        return [rounded(one) for one in numbers]
+    return round(numbers, 4) if isinstance(numbers, float) else numbers
 
 
 def outcome(function, case):
