@@ -1,4 +1,9 @@
-"""Lesson 7, extend: any fixed target for p as another method. What is not here stays as it is in the trainer."""
+"""Lesson 7, extend: any fixed target for p as another method. What is not here stays as it is in the trainer.
+
+`--method fixed_target --target τ --updates 30 --batch-size 256`, all 500 test problems at the end (base: greedy 44.6 %, T = 1 33.8 %, entropy .224):
+τ = 1, seeds 0, 1, 2: greedy 57.6, 58.0, 56.2 %; T = 1 48.2, 48.4, 47.5 %; entropy .081, .083, .081. Dr. GRPO: 58.0, 55.4, 57.6 %; 47.9, 47.0, 46.1 %; .086.
+τ = .9, seed 0: greedy 3.6 %, T = 1 1.8 %, entropy .539. Most tokens of right answers have p > .9, and this loss pushes them down.
+"""
 
 METHODS = ("kl_batch", "kl_correct", "fixed_half", "fixed_target", "dr_grpo")
 
