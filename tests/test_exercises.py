@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from conftest import REPO, load, run
 
@@ -158,3 +159,41 @@ def test_the_readme_lists_the_exercises(lesson):
     for row, exercise in zip(rows, common.lesson_exercises(lesson)):
         assert row[1].lower().startswith("**" + exercise.kind.split(",")[0]), row
         assert row[2] == str(exercise.minutes), row
+
+
+@pytest.mark.parametrize("new", ["    loss.backward()\n    optimizer.zero_grad()\n", "    optimizer.zero_grad()\n    (0 * loss).backward()\n"])
+def test_a_repair_that_breaks_something_else_is_refused(new, tmp_path):
+    path = common.start("cartpole", common.find("cartpole", "bug_2"), tmp_path)
+    assert common.check("cartpole", common.find("cartpole", "bug_2"), path) == (False, "The bug is still there: the file is as it was in the beginning.")
+    path.write_text(path.read_text(encoding="utf-8").replace("    loss.backward()\n", new), encoding="utf-8")
+    solved, words = common.check("cartpole", common.find("cartpole", "bug_2"), path)
+    assert not solved and ("table of a short run" in words or "still there" in words), words
+    path.write_text(common.trainer_of("cartpole").read_text(encoding="utf-8"), encoding="utf-8")
+    assert common.check("cartpole", common.find("cartpole", "bug_2"), path)[0]
+
+
+def test_what_a_function_can_do_instead_of_returning():
+    cases = [common.Case("ones", (torch.ones(2, 3), 0.5), torch.ones(2, 3))]
+    exercise = common.find("cartpole", "rewards_to_go")
+
+    def judged(function):
+        solved, words = common.judge_blank(exercise, function, cases)
+        assert not solved
+        return words
+
+    def changes(rewards, gamma):
+        rewards += 1
+        return rewards - 1
+
+    def ends(rewards, gamma):
+        raise SystemExit("bye")
+
+    def interrupted(rewards, gamma):
+        raise KeyboardInterrupt
+
+    assert "is `return` missing?" in judged(lambda rewards, gamma: None)
+    assert "changes its argument `rewards`" in judged(changes)
+    assert "SystemExit: bye (line" in judged(ends) and "had not come to an end (line" in judged(interrupted)
+    assert "the shape [2, 3] is expected, [3, 2] came" in judged(lambda rewards, gamma: rewards.T)
+    assert "6 of 6 numbers are wrong; the first stands in row 0, column 0: 1 is expected, 2 came" in judged(lambda rewards, gamma: rewards + 1)
+    assert "NotImplementedError" in judged(lambda rewards, gamma: torch.ones(2).bool() | torch.ones(2))

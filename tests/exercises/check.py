@@ -3,20 +3,23 @@
     python tests/exercises/check.py cartpole rewards_to_go        the function that you wrote
     python tests/exercises/check.py cartpole --bug 1              whether the bug is gone; --reveal says where it was
     python tests/exercises/check.py cartpole discount b           notes your guess; --reveal tells the answer after your run
-    python tests/exercises/check.py cartpole episodes 320         a number that you measured
+    python tests/exercises/check.py cartpole spread 144           a number that you measured
     python tests/exercises/check.py cartpole rewards_to_go --hint
     python tests/exercises/check.py --all [--json FILE]           everything that you have started: for you and for your teacher
 
 Exit status: 0 right or noted, 1 not yet, 2 the command is wrong. With --json FILE the summary has one entry for each exercise, "lesson/name", with
 kind, minutes, state ("solved", "not yet", "not started"), and for guesses and numbers: first, last, tries, first_right.
 """
+import _thread
 import argparse
+import ast
 import json
 import math
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):       # small tensors: one thread is fastest
@@ -27,11 +30,11 @@ import common
 from common import LESSONS, REPO, Bug, Measure, Predict, shown
 from start import wrap
 
-SECONDS = 120                                             # longer, and it hangs
+SECONDS = 100                                             # longer, and it hangs
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser.add_argument("lesson", nargs="?", choices=LESSONS, help="one of " + ", ".join(LESSONS), metavar="lesson")
     parser.add_argument("exercise", nargs="?", help="its name")
     parser.add_argument("answer", nargs="?", help="a letter or a number, where the exercise asks for one")
@@ -60,7 +63,12 @@ def main():
         return check_number(args, exercise, parser)
     if args.answer:
         parser.error(f"{exercise.name} is checked in its file and takes no answer")
+    # A loop without end: an interrupt, as from the keyboard, after a while
+    watch = threading.Timer(SECONDS, _thread.interrupt_main)
+    watch.daemon = True
+    watch.start()
     solved, words = common.check(args.lesson, exercise, args.dir / args.lesson / f"{exercise.name}.py")
+    watch.cancel()
     print(words)
     if args.reveal:
         reveal(args.lesson, exercise)
@@ -77,12 +85,15 @@ def reveal(lesson, exercise):
     elif isinstance(exercise, common.Blank):
         print(f"\nThe function {exercise.name} of {shown(trainer)} is a solution.")
     else:
-        print(f"\nA solution, if your teacher has left it in: tests/exercises/solutions/{lesson}_{exercise.name}.py")
+        solution = common.HERE / "solutions" / f"{lesson}_{exercise.name}.py"
+        words = (ast.get_docstring(ast.parse(solution.read_text(encoding="utf-8"))) or "") if solution.exists() else "Your teacher has not left it here."
+        print(f"\nA solution: {shown(solution)}\n\n{wrap(words)}")
 
 
 def check_guess(args, exercise, parser):
     noted = common.read_answers(args.dir, args.lesson).get(exercise.name)
     if args.answer:
+        args.answer = args.answer.lower()
         if args.answer not in exercise.choices:
             parser.error(f"the choices are {', '.join(exercise.choices)}")
         common.note_answer(args.dir, args.lesson, exercise.name, args.answer)
@@ -101,16 +112,17 @@ def check_number(args, exercise, parser):
         print(f"Five seeds gave {', '.join(f'{value:g}' for value in exercise.values)}; {low:.4g} to {high:.4g} is right.\n\n{wrap(exercise.explanation)}")
         return 0
     try:
-        value = float(args.answer or "")
+        value = float((args.answer or "").replace(",", "."))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        parser.error(f"the number that you measured is missing: {exercise.command}")
+        parser.error(f"the number that you measured is missing, such as 25.6; the run: {exercise.command}")
     common.note_answer(args.dir, args.lesson, exercise.name, value)
     if low <= value <= high:
-        print(f"Right: five seeds gave {low:.4g} to {high:.4g} (95 % interval for one more run).\n\n{wrap(exercise.explanation)}")
+        print(f"Right: from five seeds, {low:.4g} to {high:.4g} is expected (95 % interval for one more run).\n\n{wrap(exercise.explanation)}")
         return 0
-    print(f"Not yet: {value:g} is too {'low' if value < low else 'high'}. Is it the quantity that is asked? {wrap(exercise.hint)}")
+    print(wrap(f"Not yet: {value:g} is too {'low' if value < low else 'high'}. Is it the quantity that is asked? {exercise.hint} "
+               "(One honest run in twenty lies outside too. Try another seed.)"))
     return 1
 
 
@@ -148,7 +160,7 @@ def is_right(exercise, answer):
 def passes(directory, lesson, exercise):
     command = [sys.executable, __file__, lesson, exercise.name, "--dir", directory]
     try:
-        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS).returncode == 0
+        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS + 20).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 

@@ -3,13 +3,18 @@
 An exercise is found by its lesson and its name, as in `python tests/exercises/start.py cartpole rewards_to_go`.
 """
 import ast
+import contextlib
 import copy
+import csv
 import importlib
 import importlib.util
+import inspect
+import io
 import json
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -188,7 +193,7 @@ def blank(source, name, asks):
     """The source with one function's body taken out and its docstring replaced by what is asked."""
     node, lines = definitions(source)[name], source.split("\n")
     first = node.body[0].lineno                                       # the docstring, or the first statement
-    words = asks.strip().split("\n")
+    words = inspect.cleandoc(asks).split("\n")
     text = ['    """' + words[0], *["    " + line if line else "" for line in words[1:]]]
     if len(words) == 1:
         text[-1] += '"""'
@@ -246,9 +251,12 @@ def start(lesson, exercise, directory):
 
 # ---- comparing -----------------------------------------------------------------------------------
 
+NUMBERS = ("first", "second", "third", "fourth")
+
+
 def difference(came, expected, where=""):
     """"" if both are equal but for rounding, else words that say where they differ and how."""
-    at = f" at {where}" if where else ""
+    at = f" in {where}" if where else ""
     if isinstance(expected, dict):
         if not isinstance(came, dict):
             return f"a dictionary is expected{at}, {describe(came)} came"
@@ -258,7 +266,10 @@ def difference(came, expected, where=""):
     if isinstance(expected, (tuple, list)):
         if not isinstance(came, (tuple, list)) or len(came) != len(expected):
             return f"{len(expected)} values are expected{at}, {describe(came)} came"
-        return next(filter(None, (difference(one, value, f"{where}[{i}]") for i, (one, value) in enumerate(zip(came, expected)))), "")
+        places = [f"{where}[{i}]" if where else f"the {NUMBERS[i]} value" if i < len(NUMBERS) else f"value {i + 1}" for i in range(len(expected))]
+        return next(filter(None, map(difference, came, expected, places)), "")
+    if came is None and expected is not None:
+        return f"{describe(expected)} is expected{at}, None came: is `return` missing?"
     if isinstance(expected, (str, bool, type(None))):
         return "" if came == expected else f"{expected!r} is expected{at}, {describe(came)} came"
     try:
@@ -273,7 +284,8 @@ def difference(came, expected, where=""):
     if not right.dim():
         return f"{right.item():.6g} is expected{at}, {mine.item():.6g} came"
     index = wrong.nonzero()[0].tolist()
-    return (f"{int(wrong.sum())} of {right.numel()} numbers are wrong{at}; the first stands at {index}: "
+    place = f"row {index[0]}" + (f", column {index[1]}" if len(index) == 2 else f", place {index}" if len(index) > 2 else "")
+    return (f"{int(wrong.sum())} of {right.numel()} numbers are wrong{at}; the first stands in {place}: "
             f"{right[tuple(index)].item():.6g} is expected, {mine[tuple(index)].item():.6g} came")
 
 
@@ -308,13 +320,25 @@ def outcome(function, case):
     """What a function makes of a case: (value, ""), or (None, how it stopped)."""
     args = copy.deepcopy(case.args)
     try:
-        return (case.look(function, *args) if case.look else function(*args)), ""
-    except NotImplementedError as problem:
-        return None, str(problem)
-    except Exception as problem:
-        frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == function.__code__.co_filename]
-        line = f" (line {frames[-1].lineno})" if frames else ""
-        return None, f"it stopped with {type(problem).__name__}: {problem}{line}"
+        value = case.look(function, *args) if case.look else function(*args)
+    except (Exception, KeyboardInterrupt, SystemExit) as problem:
+        if str(problem).endswith("is still blank"):
+            return None, str(problem)
+        return None, stopped_by(problem, function.__code__.co_filename)
+    if not case.look:
+        for name, before, after in zip(function.__code__.co_varnames, case.args, args):
+            if isinstance(before, torch.Tensor) and not torch.equal(before.nan_to_num(), after.nan_to_num()):
+                return None, f"it changes its argument `{name}`, which its caller may still need"
+    return value, ""
+
+
+def stopped_by(problem, filename):
+    """How a student's function ended that did not return: the kind of error, and the line of the student's file."""
+    frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == str(filename)]
+    line = f" (line {frames[-1].lineno})" if frames else ""
+    if isinstance(problem, KeyboardInterrupt):
+        return f"it was interrupted: it had not come to an end{line}"
+    return f"it stopped with {type(problem).__name__}: {problem}{line}"
 
 
 def judge_blank(exercise, function, cases):
@@ -323,7 +347,7 @@ def judge_blank(exercise, function, cases):
     wrong = [(case, value, stopped or difference(value, case.expected))
              for case, (value, stopped) in zip(cases, results) if stopped or difference(value, case.expected)]
     if not wrong:
-        return True, f"Right: {len(cases)} of {len(cases)} inputs agree with the oracle."
+        return True, f"Right: {len(cases)} of {len(cases)} inputs are right."
     case, _, what = wrong[0]
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
     lines = [f"Not yet: {len(cases) - len(wrong)} of {len(cases)} inputs are right. The first wrong one: {case.words}.", ""]
@@ -351,23 +375,27 @@ def check(lesson, exercise, path):
         return False, f"Not started: python tests/exercises/start.py {lesson} {exercise.name}"
     try:
         module = load(path)
-    except Exception as problem:
-        line = getattr(problem, "lineno", None) or next((frame.lineno for frame in reversed(traceback.extract_tb(problem.__traceback__))
-                                                         if frame.filename == str(path)), "?")
-        return False, f"The file cannot be read: {type(problem).__name__}: {problem} (line {line})"
+    except SyntaxError as problem:
+        return False, f"The file cannot be read: {problem.msg} (line {problem.lineno})"
+    except (Exception, KeyboardInterrupt, SystemExit) as problem:
+        return False, f"The file cannot be read: {stopped_by(problem, path)}"
     if isinstance(exercise, Blank):
         if not hasattr(module, exercise.name):
             return False, f"The file has no function {exercise.name}."
         return judge_blank(exercise, getattr(module, exercise.name), exercise.cases(module))
     if isinstance(exercise, Bug):
-        return check_bug(lesson, exercise, module)
+        if path.read_text(encoding="utf-8") == starting_file(lesson, exercise):
+            return False, "The bug is still there: the file is as it was in the beginning."
+        solved, words = check_bug(lesson, exercise, module)
+        changed = solved and difference_of_short_runs(module, load(trainer_of(lesson, exercise)))
+        return (False, f"The bug is gone, but something else has changed: {changed}") if changed else (solved, words)
     for words, accepts in exercise.accepts.items():
         try:
             accepts(module)
         except AssertionError as problem:
-            return False, f"Not yet: {words}. {problem}".rstrip()
-        except Exception as problem:
-            return False, f"Not yet: {words}. It stopped with {type(problem).__name__}: {problem}"
+            return False, f"Not yet. It should hold that {words}. {problem}".rstrip()
+        except (Exception, KeyboardInterrupt, SystemExit) as problem:
+            return False, f"Not yet. It should hold that {words}. But {stopped_by(problem, path)}"
     return True, f"Right: {len(exercise.accepts)} of {len(exercise.accepts)} tests accept it."
 
 
@@ -375,8 +403,8 @@ def check_bug(lesson, exercise, module):
     """A bug is mended if its own test notices nothing, and no function that the lesson's blanks test has become wrong."""
     try:
         seen = exercise.notices(module)
-    except Exception as problem:
-        seen = f"the test stopped with {type(problem).__name__}: {problem}"
+    except (Exception, KeyboardInterrupt, SystemExit) as problem:
+        seen = stopped_by(problem, module.__file__)
     if seen:
         return False, f"The bug is still there: {seen}"
     for other in lesson_exercises(lesson):
@@ -386,6 +414,28 @@ def check_bug(lesson, exercise, module):
         if not right:
             return False, f"The bug is gone, but {other.name} is wrong now. {words}"
     return True, "Right: the file does what the trainer does."
+
+
+def difference_of_short_runs(module, trainer):
+    """"" if --smoke writes the same table with a student's file as with the trainer, else words that say where they differ."""
+    tables = []
+    for script in (module, trainer):
+        with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            script.start_judge = lambda out, args: None
+            given, sys.argv = sys.argv, [script.__file__, "--smoke", "--quiet", "--out", str(Path(place) / "run")]
+            try:
+                script.main()
+            except (Exception, KeyboardInterrupt, SystemExit) as problem:
+                return stopped_by(problem, module.__file__)
+            finally:
+                sys.argv = given
+            with open(Path(place) / "run" / "metrics.csv", encoding="utf-8") as file:
+                tables.append(list(csv.DictReader(file)))
+    for mine, right in zip(*tables):
+        for name, value in right.items():
+            if value and difference(float(mine.get(name) or "nan"), float(value)):
+                return f"in row {right.get('update') or right.get('epoch')} of the table of a short run, {name} is {mine.get(name)}; the trainer has {value}."
+    return "" if len(tables[0]) == len(tables[1]) else "the table of a short run has another number of rows than the trainer's."
 
 
 # ---- answers in words and numbers ------------------------------------------------------------------

@@ -5,7 +5,7 @@
     python tests/exercises/start.py cartpole rewards_to_go     writes runs/exercises/cartpole/rewards_to_go.py
     python tests/exercises/start.py cartpole --bug 1           the same as cartpole bug_1
 
-Then `python tests/exercises/check.py`, with the same words behind it, says whether it is right. A file that exists is kept; --again writes it anew.
+Then `python tests/exercises/check.py`, with the same words after it, says whether it is right. A file that exists is kept; --again writes it anew.
 """
 import argparse
 import shlex
@@ -18,7 +18,7 @@ from common import LESSONS, REPO, Measure, Predict, shown
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser.add_argument("lesson", nargs="?", choices=LESSONS, help="one of " + ", ".join(LESSONS), metavar="lesson")
     parser.add_argument("exercise", nargs="?", help="its name, as the list prints it")
     parser.add_argument("--bug", type=int, help="a silent bug by its number")

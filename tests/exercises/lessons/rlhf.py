@@ -134,7 +134,8 @@ PAIR_LOSS = Blank(
 
     chosen, rejected: logits of the preferred and of the rejected answers, [B, 1] (level 1) or
     [B, 10] (level 2); center: c of Eq. 1; inverted: only for --break, do not use it.
-    Returns [B], one loss for each pair. It must stay finite where the model is sure and wrong.""",
+    Returns [B], one loss for each pair. It must stay finite where the model is sure and wrong.
+    torch.nn.functional must be written in full: the file has no short name for it.""",
     hint="Level 1: torch.nn.functional has a function for log σ that cannot overflow. Level 2: work with logarithms. A column [B, 10, 1] plus a row "
          "[B, 1, 10] is a table [B, 10, 10] of log p_w(i) + log p_l(j). Which half of it is i > j? What is not wanted becomes −inf, and logsumexp adds the rest.",
     cases=pair_loss_cases,
@@ -154,6 +155,11 @@ PAIR_LOSS = Blank(
                pair_loss_of(level_2=product_of_probabilities),
            "at level 2 the softmax runs over the pairs (dim=0). It must run over the grades.":
                pair_loss_of(level_2=lambda w, l, c: -(w.softmax(dim=0)[:, :, None] * l.softmax(dim=0)[:, None, :]).tril(diagonal=-1).sum(dim=(1, 2)).log()),
+           "you have exchanged the chosen and the rejected answer, at both levels.":
+               lambda chosen, rejected, center: pair_loss_of()(rejected, chosen, center),
+           "the sign of the logarithm is wrong, at both levels: a loss is MINUS a log-probability.":
+               pair_loss_of(level_1=lambda w, l, c: 2 * c * (w + l)[:, 0] ** 2 - one_number_loss(w, l, c),
+                            level_2=lambda w, l, c: -grades_loss(w, l, c, lambda i, j: i > j)),
            "no gradient reaches the rejected answer. Both answers must move.":
                lambda chosen, rejected, center: pair_loss_of()(chosen, rejected.detach(), center)})
 
@@ -367,7 +373,7 @@ REPEAT = Predict(
     command="""python -c "import sys; sys.path.insert(0, 'reinforce_rlhf'); import train_reinforce_rlhf as t; judge = t.load_reward_model(t.HERE / 'weights/reward_model_level1', 1); """
             """said = 'Sleep is a time of rest for body and mind.'; print([round(t.reward_from_logits(t.reward_logits(*judge, ['What is sleep?'], [' '.join([said] * n)], 128)).item(), 2) for n in (1, 2, 3)])\"""",
     answer="c",
-    explanation="""It says -0.51, 1.47 and 2.14. The longer answer was preferred in 62 % of the pairs, and length is easy to see; that a sentence comes twice is not. Three times or more is so rare (79 of 12,000 answers)
+    explanation="""It says -0.51, 1.47 and 2.14. In all 6,000 pairs the longer answer was preferred in 62 % (another count, the same number by chance). Length is easy to see; that a sentence comes twice is not. Three times or more is so rare (79 of 12,000 answers)
 that the pairs hardly speak about it. Outside of what it has seen, a reward model guesses, and a policy goes just there: without KL it ends with one true sentence said again and again (STUDY.md, "The collapse, by update").""",
     hint="What else changes from one answer to the next, besides the repetition?")
 
@@ -486,11 +492,13 @@ must be standardised first. Write
                                        (mean, std), one for each judge. Returns [B]: the mean over
                                        the judges of (reward − mean) / std. A std of 0 makes no NaN
 
-A judge's mean and std (torch's: ÷ B − 1) are those of its rewards for the SFT model's answers of batch 0, the batch of `first_baseline`: choose(config, accelerator, prompts, 0). They stay the same for the whole run.
+A judge's mean and std (torch's: ÷ B − 1) are those of its rewards for the SFT model's answers of batch 0, the batch of `first_baseline`: choose(config, accelerator, prompts, 0). They stay the same for the whole run. (You may leave --resume out.)
 Then train without KL, with one judge (the trainer) and with two. When does gold fall in curve.png?
 
-  python runs/exercises/rlhf/two_judges.py --skip-reward-training --break no-kl --batch-size 128
-      --updates 80 --second-reward-model reinforce_rlhf/weights/reward_model_level2""",
+  python runs/exercises/rlhf/two_judges.py --skip-reward-training --break no-kl --batch-size 128 --updates 80
+  python runs/exercises/rlhf/two_judges.py --skip-reward-training --break no-kl --batch-size 128 --updates 80 --second-reward-model reinforce_rlhf/weights/reward_model_level2
+
+Each run takes five minutes or more. The column `reward` and curve.png then show the standardised mean; the eval's table shows the first judge alone.""",
     hint="`collect` calls the judge, and `first_baseline` calls `collect`. If the argument `judge` becomes a pair (list of judges, scales), `first_baseline` needs no change. Why not standardise each batch by itself? "
          "Then the mean reward would be 0 in each update, however good the policy has become.",
     accepts={"standardised_mean gives both judges the same weight": judges_have_the_same_weight,

@@ -1,15 +1,22 @@
-"""Lesson 1, extend: a learned value function as the baseline. What is not here stays as it is in the trainer."""
+"""Lesson 1, extend: a learned value function as the baseline. What is not here stays as it is in the trainer.
+
+Seeds 0 to 4 need 304, 496, 336, 288 and 336 episodes; the leave-one-out baseline needs 352, 304, 304, 320 and 464. With 16 episodes
+side by side there is a good baseline already. A critic needs no other episodes, and lesson 3 cannot do without one.
+Scale and number of steps were chosen on these seeds. Scaled by 500 with one step per batch, seed 0 never solves the task.
+"""
+
+CRITIC_STEPS = 10
 
 
 class Critic(nn.Module):
-    """From observations [T, N, 4] to values [T, N]. Values reach 500, so the network says V/500."""
+    """From observations [T, N, 4] to values [T, N]. Values reach 500, so the network says V/100."""
 
     def __init__(self, hidden):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
     def forward(self, obs):
-        return MAX_STEPS * self.net(obs).squeeze(-1)
+        return 100 * self.net(obs).squeeze(-1)
 
 
 def make_critic(hidden):
@@ -21,13 +28,13 @@ def critic_loss(values, returns, mask):
     return ((values - returns).square() * mask).sum() / mask.sum()
 
 
-def update(policy, critic, optimizer, batch, config):
+def update(policy, critic, optimizer, critic_optimizer, batch, config):
     """One gradient step on one batch of whole episodes (Eq. 2). Returns what to watch."""
     mask = batch["mask"]                                                # [T, N]
     returns = rewards_to_go(batch["rewards"] * mask, config.gamma)      # [T, N]
-    values = critic(batch["obs"])                                       # [T, N], with gradient
-    # detach: the policy's loss must not move V, which would learn to make the loss small
-    advantages = (returns - values.detach()) * mask                     # [T, N]
+    with torch.no_grad():             # the policy's loss must not move V
+        baseline = critic(batch["obs"])                                 # [T, N]
+    advantages = (returns - baseline) * mask                            # [T, N]
     if config.broken:                                                   # only with --break
         mask, returns, advantages = sabotage(batch, config)             # BREAK
     # The policy looks at all T·N observations again, now with a gradient. It still holds the
@@ -36,14 +43,18 @@ def update(policy, critic, optimizer, batch, config):
     all_logprobs = torch.log_softmax(logits, dim=-1)                    # [T, N, 2]
     actions = batch["actions"].unsqueeze(-1)                            # [T, N, 1]
     logprobs = all_logprobs.gather(-1, actions).squeeze(-1)             # [T, N]
-    # Adam divides by each weight's own gradient, so the critic's scale does not change the policy's step
-    loss = policy_gradient_loss(logprobs, advantages, mask) + critic_loss(values, returns, mask)
+    loss = policy_gradient_loss(logprobs, advantages, mask)
     optimizer.zero_grad()
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), math.inf)     # inf: only measures
     if not torch.isfinite(grad_norm):                 # before it can touch the weights
         raise FloatingPointError("the gradient is not finite; start again with a lower --lr")
     optimizer.step()
+    # Only now the critic sees this batch. Fitted before, it would know the luck of its actions.
+    for _ in range(CRITIC_STEPS):
+        critic_optimizer.zero_grad()
+        critic_loss(critic(batch["obs"]), returns, mask).backward()
+        critic_optimizer.step()
     entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)          # [T, N]; fair coin: log 2
     alive = mask.bool()
     return dict(loss=loss.item(), entropy=entropy[alive].mean().item(), grad_norm=grad_norm.item(),
@@ -61,7 +72,8 @@ def train(config, out, device, log=print):
     torch.manual_seed(config.seed)
     policy = make_policy(config.hidden).to(device)
     critic = make_critic(config.hidden).to(device)
-    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=config.lr)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.lr)
     envs = make_envs(config.batch_episodes, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     # All that save_run needs, also after Ctrl-C. rows: for metrics.csv; clock: for timing.csv
@@ -90,7 +102,7 @@ def train(config, out, device, log=print):
             if state["solved"]:
                 state["best"] = copy_of_weights(policy)                 # those that were judged
             else:
-                terms = update(policy, critic, optimizer, batch, config)
+                terms = update(policy, critic, optimizer, critic_optimizer, batch, config)
             seconds = time.perf_counter() - start - check_seconds
             state["update"] = number
             state["env_steps"] += batch["mask"].numel()     # masked steps were played too
