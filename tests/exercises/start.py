@@ -66,7 +66,7 @@ def show(args, exercise):
         print(f"{shown(path)} is there already; --again writes it anew.\n")
     else:
         path = common.start(args.lesson, exercise, args.dir)
-    print(wrap(getattr(exercise, "symptom", "") or exercise.asks))
+    print(wrap(getattr(exercise, "symptom", "") or exercise.asks).replace("runs/exercises", str(shown(args.dir))))
     print(f"\nFile:   {shown(path)}\nCheck:  {command}\nHint:   {command} --hint")
 
 
