@@ -582,8 +582,15 @@ def build():
     return files | notebooks | {PAGES / "index.html": index_page()}
 
 
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"build.py: error: {message}; see --help".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
     parser.add_argument("--check", action="store_true", help="write nothing; name what is stale, exit status 1")
     args = parser.parse_args()
     files = {path: text.encode() for path, text in build().items()}

@@ -34,7 +34,8 @@ SECONDS = 100                                             # longer, and it hangs
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = common.fail
     parser.add_argument("lesson", nargs="?", choices=LESSONS, help="one of " + ", ".join(LESSONS), metavar="lesson")
     parser.add_argument("exercise", nargs="?", help="its name")
     parser.add_argument("answer", nargs="?", help="a letter or a number, where the exercise asks for one")

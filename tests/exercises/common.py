@@ -155,6 +155,12 @@ def load(path):
     return module
 
 
+def fail(message):
+    """One line that says what is wrong and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
 def shown(path):
     """A path as short as it can be printed, so that it can be pasted."""
     path = Path(path)

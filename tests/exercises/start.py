@@ -18,7 +18,8 @@ from common import LESSONS, REPO, Measure, Predict, shown
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = common.fail
     parser.add_argument("lesson", nargs="?", choices=LESSONS, help="one of " + ", ".join(LESSONS), metavar="lesson")
     parser.add_argument("exercise", nargs="?", help="its name, as the list prints it")
     parser.add_argument("--bug", type=int, help="a silent bug by its number")
