@@ -25,8 +25,8 @@ The equations (README.md derives them; §3.1 to §3.3: sections of the thesis, s
             mean r: over the G answers to one problem
 
 p is the probability of the sampled token, P that of the likeliest token at the same place. ℓ is the
-loss of a token. H is the entropy of the tokens: with the weights of the loss in Eq. 4 (so over
-correct answers only), a plain mean over all answers in Eq. 5.
+loss of a token. H is the mean entropy of the tokens. In Eq. 4 it has the weights of the loss, so
+only correct answers count. In Eq. 5 all answers count alike.
 
 What each method does to a token (a path is an answer, token by token):
     dr_grpo      raises p in answers better than their group, lowers it in worse ones. It is GRPO

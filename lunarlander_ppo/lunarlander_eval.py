@@ -206,7 +206,7 @@ def judge_run(out, quiet):
     print(f"{verdict}: {result['env_steps']:,} steps, {result['train_seconds']:.0f} s of training "
           f"and {result['eval_seconds']:.0f} s of evaluation; the best weights:")
     print(table(results))
-    print("Look at curve.png: in a good run the greedy curve is ahead of training. Then watch it: "
+    print("Look at curve.png: is the greedy curve above the training curve? Then watch it: "
           + shlex.join([sys.executable, str(HERE / "lunarlander_eval.py"), "--weights", str(out),
                         "--render", "human"]))
 

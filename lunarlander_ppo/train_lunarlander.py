@@ -485,7 +485,7 @@ def broken_config(config):
     """What --break does to the settings: the breaks that need no line of their own."""
     if config.broken == "no-clip":                    # nothing holds the ratio
         return replace(config, clip_eps=math.inf)
-    if config.broken == "no-gae":                     # γV only where the data stop
+    if config.broken == "no-gae":                     # λ = 1: V counts where data end
         return replace(config, gae_lambda=1.0)
     if config.broken == "one-epoch":                  # every batch is used once
         return replace(config, update_epochs=1)

@@ -808,7 +808,7 @@ def show_answers(log, prompt, texts, rewards):
 
 
 def write_samples(out, number, prompts, texts, rewards):
-    """The answers of one update as JSON Lines, to be judged later (this process's)."""
+    """One update's answers as JSON Lines, to be judged later. Each process writes its own."""
     G = len(texts) // len(prompts)
     rows = [dict(prompt=prompts[k // G], text=text, reward=round(reward, 4))
             for k, (text, reward) in enumerate(zip(texts, rewards.tolist()))]

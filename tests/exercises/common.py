@@ -135,8 +135,11 @@ def lesson_exercises(lesson):
 
 
 def find(lesson, name):
-    """The exercise, or None."""
-    return next((exercise for exercise in lesson_exercises(lesson) if exercise.name == name), None)
+    """The exercise of that name; without one, the names that there are, as an error."""
+    exercises = {exercise.name: exercise for exercise in lesson_exercises(lesson)}
+    if name not in exercises:
+        fail(f"no exercise {name} in {lesson}; there are: {', '.join(exercises)}")
+    return exercises[name]
 
 
 def trainer_of(lesson, exercise=None):
@@ -212,7 +215,8 @@ def blank(source, name, asks):
 def weave(source, solution):
     """The source with the solution's functions, classes and assignments in place of its own of the same name.
 
-    What is new goes in front of the next one that is not, or to the end of the first reading. Imports go in front of `import torch`.
+    A new definition stands before the next one that the source has too. If none follows, it stands at the end of the first reading.
+    Imports stand before `import torch`.
     """
     theirs, lines = solution.split("\n"), source.split("\n")
     known = definitions(source)
