@@ -232,6 +232,18 @@ def test_every_flag_exists(page):
             assert flag in known or re.search(others, line), f"no script has {flag}: {line[:200]}"
 
 
+@per_lesson
+def test_a_message_quoted_in_the_lesson_is_one_that_a_script_prints(folder):
+    """The words of each quotation in the section "Common errors"; a number, a name in capitals or … may be anything."""
+    code = "".join(script.read_text(encoding="utf8") for script in (REPO / folder).glob("*.py"))
+    code = re.sub(r"\{[^{}]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", code)) + "unrecognized arguments"       # the last one is argparse's
+    section = (REPO / folder / "README.md").read_text(encoding="utf8").split("Common errors")[1].split("References")[0]
+    for row in re.findall(r"^\| (.+?) \|", section, re.M)[1:]:
+        for quoted in re.findall("`([^`-][^`]+)`", row):
+            for part in re.split(r"[…:]|\d+(?:\.\d+)?|[A-Z]{3,}", quoted):
+                assert part.strip() in code, f"no script says {part!r}"
+
+
 def anchors(page):
     """The addresses of a page's headings, as GitHub makes them."""
     heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf8"), flags=re.S), re.M)
