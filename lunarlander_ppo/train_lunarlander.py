@@ -26,8 +26,8 @@ The task: land between two flags. Coming down slowly and upright earns points, t
 some; coming to rest earns 100, a crash costs 100. A flight ends so (terminated) or after 1,000
 steps (truncated: it could have gone on, so V still counts in Eq. 1). "done" means either: what
 follows in the batch is another flight.
-λ decides how much Eq. 2 trusts the critic V. λ = 1: A_t is all rewards to come, less V(s_t), as in
-lesson 2. λ = 0: A_t is δ_t, one reward and then the critic's guess. In between it mixes them.
+λ decides how much Eq. 2 trusts the critic V. λ = 1: A_t is all rewards of the batch to come, then
+V, less V(s_t). λ = 0: A_t is δ_t, one reward and then the critic's guess. In between it mixes them.
 Watch approx_kl: an estimate of how far the new policy has moved from the old one (the KL
 divergence), 0 if they are equal.
 
