@@ -164,6 +164,7 @@ def draw_variants(runs, groups, breaks, path):
         panel.set(title=name, ylim=(-450, 320))
     for panel in grid.flat[len(breaks):]:
         panel.axis("off")
+    grid[0, 2].tick_params(labelbottom=True)          # below it stands the legend
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc=(0.75, 0.25))
     figure.supxlabel("million steps")
     figure.supylabel("greedy return")
