@@ -241,6 +241,8 @@ def draw_breaks(runs, out):
               for label, directories in runs.items()}
     for axis in axes.flat[len(curves):]:
         axis.axis("off")
+    for axis in axes.flat[len(curves) - 3:len(curves)]:       # the lowest ones of each column
+        axis.tick_params(labelbottom=True)
     for axis, (label, gold) in zip(axes.flat, curves.items()):
         updates = np.arange(1, gold.shape[1] + 1)
         colour = "C2" if label in BREAKS else "C0"

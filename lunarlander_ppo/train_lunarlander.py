@@ -83,39 +83,39 @@ class Config:
     # At most 999, so that training never meets the flights of an evaluation (evaluate_greedy)
     seed: int = hp(1, "same seed, same run", low=0, high=999)
     # Flying
-    updates: int = hp(183, "batches of N·T steps. Too few: it lands, but slowly and not always",
-                      low=1)
-    num_envs: int = hp(64, "N, landers side by side. Too low: correlated batches, slow. Too high: "
-                       "few updates per step flown", low=1, high=1000)
-    num_steps: int = hp(128, "T, steps of each lander per batch. Too low: advantages rest on the "
-                        "critic's guesses alone", low=1, high=10_000)
+    updates: int = hp(183, "batches of N·T steps. 75 land already, with a lower score", low=1)
+    num_envs: int = hp(64, "N, landers side by side. Too high (512): few updates per step flown, "
+                       "it hovers", low=1, high=1000)
+    num_steps: int = hp(128, "T, steps of each lander per batch. Too low (16): advantages rest on "
+                        "the critic's guesses, it lands late", low=1, high=10_000)
     reward_scale: float = hp(0.02, "rewards are multiplied by it, so that values are about 1, not "
-                             "about 200, which the critic would need ages to reach", low=1e-12)
+                             "200. Much higher (1): little is lost", low=1e-12)
     # Advantages
     gamma: float = hp(0.999, "γ, discount. .97 sees 1/(1 − γ) = 33 steps ahead, a landing takes "
-                      "200: it hovers", low=1e-12, high=1)
-    gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased). 1: trust the rewards "
-                           "alone (noisy)", low=0, high=1)
+                      "200: every fifth flight hovers", low=1e-12, high=1)
+    gae_lambda: float = hp(0.98, "λ. 0: trust the critic alone (biased; it hovers). 1: trust the "
+                           "rewards of the batch (noisy)", low=0, high=1)
     # The loss
-    clip_eps: float = hp(0.2, "ε, how far a ratio may leave 1 before it stops paying. Too high: "
-                         "no clip. Too low: nothing is learnt per batch", low=1e-12, high=1)
-    ent_coef: float = hp(0.01, "c_e, entropy bonus. Too low: stops exploring early. Too high: "
-                         "never commits to a landing", low=0)
+    clip_eps: float = hp(0.2, "ε, how far a ratio may leave 1 before it stops paying. Too high "
+                         "(1): unsteady. Too low (.02): it hovers", low=1e-12, high=1)
+    ent_coef: float = hp(0.01, "c_e, entropy bonus. 0 does no damage here. Too high (.1): sampled "
+                         "flights stay poor", low=0)
     vf_coef: float = hp(0.5, "c_v, weight of the value loss. Adam ignores a constant factor; it "
                         "only shares out max_grad_norm between actor and critic", low=0)
     # The optimizer
-    lr: float = hp(2e-3, "α, Adam's step size, falling to 0. Too high: approx_kl above .05, "
-                   "collapse. Too low: hovers for a long time", low=1e-12)
-    max_grad_norm: float = hp(0.5, "a longer gradient is shortened to this norm. Too high: one bad "
-                              "batch can ruin the policy", low=1e-12)
-    update_epochs: int = hp(4, "passes over each batch. Too low: wasteful. Too high: slower, and "
-                            "the data grow stale", low=1)
-    minibatch_size: int = hp(512, "B, rows per gradient step. Too low: noisy, and slow to run. "
-                             "Too high: few steps per batch, learns late", low=2)
+    lr: float = hp(2e-3, "α, Adam's step size, falling to 0. Too low (2e-4): it hovers. Five "
+                   "times as much still lands", low=1e-12)
+    max_grad_norm: float = hp(0.5, "a longer gradient is shortened to this norm. Too high (100): "
+                              "no damage here", low=1e-12)
+    update_epochs: int = hp(4, "passes over each batch. 1: learns late. 16: as good, and slower",
+                            low=1)
+    minibatch_size: int = hp(512, "B, rows per gradient step. Too low (64): slow to run. Too high "
+                             "(4096): few steps per batch, it hovers", low=2)
     target_kl: float = hp(0.0, "ends the passes once the last minibatch's approx_kl exceeds it; "
                              "0: never", low=0)
     # The network, the evaluation
-    hidden: int = hp(64, "units in each of the two hidden layers", low=1, high=65536)
+    hidden: int = hp(64, "units in each of the two hidden layers. Too few (8): unreliable",
+                     low=1, high=65536)
     eval_every: int = hp(25, "updates between two evaluations; each comes with a checkpoint", low=1)
     eval_episodes: int = hp(20, "greedy flights per evaluation", low=1, high=1000)
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
