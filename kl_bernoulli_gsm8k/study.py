@@ -189,6 +189,7 @@ def compare(columns, panels, out):
 def movie(out):
     """GIF: the base model (left) and the shipped policy (right) write their greedy answers."""
     import kl_bernoulli_eval as judge
+    judge.transformers.logging.disable_progress_bar()
     problems = judge.read_set(HERE / "data" / "test.jsonl")[:100]
     config = SimpleNamespace(**judge.DEFAULTS)
     answers = []
