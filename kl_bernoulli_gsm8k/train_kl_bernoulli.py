@@ -299,7 +299,7 @@ def kl_loss(logp, log1mp, logP, log1mP, detach):
     together until they are equal, and no further. The two coins are about different tokens: only
     the two numbers are compared.
     """
-    if detach:                    # P becomes a target that stands still; only p moves towards it
+    if detach:                    # no gradient flows through P, the target of p
         logP, log1mP = logP.detach(), log1mP.detach()
     # Eq. 2  differences of logarithms, because p and 1 − p may be 0 in fp32
     heads = logP.exp() * (logP - logp)                                  # [n]
