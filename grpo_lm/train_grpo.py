@@ -98,9 +98,9 @@ class Config:
     prompts: str = hp("", "file with one prompt per line, instead of --prompt (default: "
                       "weights/prompts_train.txt)")
     # Sampling
-    updates: int = hp(40, "batches of answers. Too many: reward rises, real quality falls", low=1)
-    batch_size: int = hp(256, "B, answers per update. Too low: noisy. Too high: slow", low=2)
-    group_size: int = hp(8, "G, answers per prompt. Too low: mean and std are noisy. 4 to 16",
+    updates: int = hp(40, "batches of answers. Without a KL term, too many ruin the text", low=1)
+    batch_size: int = hp(256, "B, answers per update. Too low (16): noisy. Too high: slow", low=2)
+    group_size: int = hp(8, "G, answers per prompt. Too low (2): noisy, learns slowly. 4 to 16",
                          low=2)
     max_new_tokens: int = hp(64, "tokens after which an answer is cut off", low=1)
     temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", low=1e-12)
@@ -113,10 +113,10 @@ class Config:
                         choices=("sequence", "token", "constant"))
     kl: str = hp("k3", "form of the KL term (kl_estimate); reward: subtract it from rewards",
                  choices=("k1", "k2", "k3", "k3-ratio", "reward"))
-    kl_coef: float = hp(0.2, "β, weight of the KL. 0: over-optimisation. Too high: nothing moves",
-                        low=0)
+    kl_coef: float = hp(0.2, "β, weight of the KL. 0: over-optimisation. Too high (5): stands "
+                        "still", low=0)
     # The optimizer
-    lr: float = hp(6e-4, "α, AdamW's step size. Too high: the text breaks. Too low: nothing moves. "
+    lr: float = hp(6e-4, "α, AdamW's step size. Too high (6e-3): the text breaks. Too low: slow. "
                    "5e-6 to 5e-5 for a model like GPT-2", low=1e-12)
     max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-12)
     update_epochs: int = hp(1, "gradient steps per batch; from the second on, ratios leave 1 and "
