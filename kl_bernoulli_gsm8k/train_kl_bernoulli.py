@@ -108,14 +108,15 @@ class Config:
     ent_coef: float = hp(0.0, "c in loss − c·H. Negative: entropy is punished (the thesis: −0.1)",
                          low=-100, high=100)
     # Sampling
-    updates: int = hp(100, "batches of answers. Too many: entropy is gone, nothing moves", low=1)
-    batch_size: int = hp(512, "B, answers per update. Too low: noisy. Too high: slow", low=1)
+    updates: int = hp(100, "batches of answers; 30 of 256 are nearly as good", low=1)
+    batch_size: int = hp(512, "B, answers per update. 32 are nearly as good. Too high: slow", low=1)
     group_size: int = hp(4, "G, answers per problem; default 1 if the method is not dr_grpo", low=1)
     max_new_tokens: int = hp(40, "L_max, tokens after which an answer is cut off", low=1)
     temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", low=1e-12)
     sampling_batch: int = hp(512, "answers sampled at a time: memory for keys and values", low=1)
     # The optimizer
-    lr: float = hp(1e-4, "α, AdamW's step size. Too high: accuracy falls. 4 B: 1e-6", low=1e-12)
+    lr: float = hp(1e-4, "α, AdamW's step size. Too high (1e-3): accuracy falls. 4 B: 1e-6",
+                   low=1e-12)
     weight_decay: float = hp(0.01, "AdamW's pull towards 0, as in the thesis", low=0)
     max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-12)
     micro_batch: int = hp(64, "answers per forward pass: memory and speed, not the result", low=1)
