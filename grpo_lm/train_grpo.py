@@ -113,8 +113,8 @@ class Config:
                         choices=("sequence", "token", "constant"))
     kl: str = hp("k3", "form of the KL term (kl_estimate); reward: subtract it from rewards",
                  choices=("k1", "k2", "k3", "k3-ratio", "reward"))
-    kl_coef: float = hp(0.2, "β, weight of the KL. 0: over-optimisation. Too high (5): stands "
-                        "still", low=0)
+    kl_coef: float = hp(0.2, "β, weight of the KL. 0: over-optimisation. Too high (5): hardly "
+                        "moves", low=0)
     # The optimizer
     lr: float = hp(6e-4, "α, AdamW's step size. Too high (6e-3): the text breaks. Too low: slow. "
                    "5e-6 to 5e-5 for a model like GPT-2", low=1e-12)
