@@ -40,7 +40,7 @@ Shapes: T time steps; N episodes played side by side, one per environment.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6"]
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2"]
 # ///
 import argparse
 import io

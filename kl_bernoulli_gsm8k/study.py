@@ -8,8 +8,8 @@ A study keeps what is finished and goes on with what was interrupted.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "matplotlib==3.11.2",
-#                 "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "numpy==2.4.6",
+#                 "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///
 import argparse
 import csv

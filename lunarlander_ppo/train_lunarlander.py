@@ -43,7 +43,8 @@ velocity (2 each), angle, angular velocity, and for each leg whether it touches 
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[box2d]==1.4.0", "numpy==2.4.6", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "gymnasium[box2d]==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2",
+#                 "tqdm==4.70.1"]
 # ///
 import argparse
 import io

@@ -33,7 +33,8 @@ Shapes: B pairs, so 2B texts of at most L tokens, prompt and answer together; 1 
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "matplotlib==3.11.2",
+#                 "tqdm==4.70.1"]
 # ///
 import argparse
 import copy

@@ -52,7 +52,7 @@ V vocabulary.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "numpy==2.4.6",
-#                 "tqdm==4.70.1"]
+#                 "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///
 import argparse
 import contextlib

@@ -105,6 +105,17 @@ def test_pep723_agrees_with_requirements(script):
         assert required.get(name) == version, name
 
 
+@per_script
+def test_pep723_has_what_the_scripts_that_it_starts_need(script):
+    """uv run makes an environment from this block, and a script starts its neighbours with the same Python."""
+    started = {node.value for node in ast.walk(ast.parse(script.read_text(encoding="utf8"))) if isinstance(node, ast.Constant)}
+    own = pins(pep723(script)["dependencies"])
+    for neighbour in script.parent.glob("*.py"):
+        if neighbour.name in started:
+            missing = pins(pep723(neighbour)["dependencies"]).keys() - own.keys()
+            assert not missing, f"{script.name} starts {neighbour.name}, which needs {', '.join(missing)}"
+
+
 # The quick tests start each trainer once; the long ones every script, with both flags
 ALONE = [pytest.param(script, flag, id=f"{script.name}{flag}", marks=[] if script in TRAINERS and flag == "--smoke" else pytest.mark.long)
          for script in SCRIPTS for flag in ("--help", "--smoke")]

@@ -45,7 +45,8 @@ Every board is shown from the mover's side: +1 the mover's stones, −1 the othe
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "numpy==2.4.6", "matplotlib==3.11.2",
+#                 "tqdm==4.70.1"]
 # ///
 import argparse
 import copy
