@@ -69,7 +69,7 @@ def draw_map():
     axes.text(4.0, 2.55, "From games to language: a token is an action", ha="center", va="center", fontsize=10, style="italic",
               bbox=dict(facecolor="white", edgecolor="none", pad=3))
     # What returns: lesson 1's baseline in 6, lesson 3's ratio and clip in 5
-    axes.text(4.0, 0.40, "The baseline of lesson 1 returns in 5, 6 and 7: other answers in place of other episodes.\n"
+    axes.text(4.0, 0.40, "The baseline of lesson 1 returns in 5, 6 and 7: other answers, or earlier ones, in place of other episodes.\n"
               "The ratio and the clip of lesson 3 return in 5.", ha="center", va="center", fontsize=9.5)
     save(figure, REPO / "docs" / "figures" / "map.png")
 
