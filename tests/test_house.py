@@ -336,7 +336,8 @@ def test_a_trainer_can_be_read_in_one_sitting(trainer):
     assert max(map(len, lines)) <= 100
     train = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "train")
     assert len([n for n in code if train.lineno <= n <= train.end_lineno]) <= 50
-    assert "matplotlib" not in source, "pictures belong to the eval script"
+    # The header names it for the eval script that the trainer starts
+    assert "matplotlib" not in source.split("# ///\n")[-1], "pictures belong to the eval script"
 
 
 @pytest.mark.parametrize("script", EVALS, ids=lambda path: path.name)
