@@ -1,6 +1,6 @@
 """Makes the tables and figures of the texts, from runs of the trainers and the shipped weights.
 
-    python study.py runs/study                             42 runs, two at a time, about three hours
+    python study.py runs/study                             52 runs, two at a time, 75 minutes
     python study.py runs/frontier --part frontier          27 runs: reward and gold against √KL
     python study.py runs/figures --part reward-models      margins, calibration, length bias
     python study.py runs/figures --part variance           how noisy each estimator's gradient is
@@ -499,7 +499,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="says what would run, and stops")
     args = parser.parse_args()
     if not (HERE / "train_reinforce_rlhf.py").exists() or args.smoke:
-        print("the study trains up to 42 runs with the trainers, which must stand beside it")
+        print("the study trains up to 52 runs with the trainers, which must stand beside it")
         return
     import transformers
     if not args.directory or args.directory.exists() and not args.directory.is_dir():
