@@ -374,7 +374,7 @@ REPEAT = Predict(
             """said = 'Sleep is a time of rest for body and mind.'; print([round(t.reward_from_logits(t.reward_logits(*judge, ['What is sleep?'], [' '.join([said] * n)], 128)).item(), 2) for n in (1, 2, 3)])\"""",
     answer="c",
     explanation="""It says -0.51, 1.47 and 2.14. In all 6,000 pairs the longer answer was preferred in 62 % (another count, the same number by chance). Length is easy to see; that a sentence comes twice is not. Three times or more is so rare (79 of 12,000 answers)
-that the pairs hardly speak about it. Outside of what it has seen, a reward model guesses, and a policy goes just there: without KL it ends with one true sentence said again and again (STUDY.md, "The collapse, by update").""",
+that the pairs hardly speak about it. Outside of what it has seen, a reward model guesses, and a policy goes just there: without KL it ends with a sentence or a word said again and again (STUDY.md, "The collapse, by update").""",
     hint="What else changes from one answer to the next, besides the repetition?")
 
 SHIFT = Predict(
