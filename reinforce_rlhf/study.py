@@ -220,7 +220,7 @@ def frontier(directory):
         rows.append(dict(method=method, beta=float(beta[4:]), seed=int(seed[4:]), kl=result["kl"],
                          reward=result["trained"]["reward"], gold=result["trained"]["gold"],
                          win_rate=result["win_rate"]))
-    best = best_of_n(*sft_answers(100, 32), most=32)
+    best = best_of_n(*sft_answers(300, 32), most=32)
     print("| method | β | KL, nats | reward | gold | win rate |\n" + "|---" * 6 + "|")
     for method, beta in dict.fromkeys((row["method"], row["beta"]) for row in rows):
         group = [row for row in rows if (row["method"], row["beta"]) == (method, beta)]
