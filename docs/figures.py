@@ -129,7 +129,7 @@ def draw_grpo():
     axes.text(6.05, 1.25, r"$\log\pi_{ref}$", ha="center", va="center", fontsize=9.5, bbox=dict(facecolor="white", edgecolor="none", pad=1))
     arrow(axes, (3.3, 3.05), (6.3, 3.05), r"$\log\pi_\theta$", 0, 0.14)
     back(axes, (7.1, 3.45), (2.58, 3.45), 3.8, "gradient")
-    axes.text(4.0, 0.12, "The gold score is outside: only the eval script computes it.", ha="center", va="center", fontsize=9.5)
+    axes.text(4.0, 0.12, "The gold score is outside: training never sees it.", ha="center", va="center", fontsize=9.5)
     save(figure, REPO / "grpo_lm" / "figures" / "diagram.png")
 
 
@@ -146,10 +146,10 @@ def draw_rlhf():
     arrow(axes, (1.55, 2.85), (2.2, 2.85), "ask", 0, 0.14)
     arrow(axes, (3.65, 2.65), (4.3, 2.1))
     arrow(axes, (3.2, 2.45), (4.3, 1.2), "answers", -0.28, 0)
-    arrow(axes, (3.65, 2.95), (6.4, 2.95), r"$\log\pi_\theta$", 0, 0.14)
+    arrow(axes, (3.65, 2.95), (6.4, 2.95), r"$\log\pi$", 0, 0.14)
     arrow(axes, (5.85, 2.0), (6.5, 2.45), r"$\log\pi_{\mathrm{ref}}$", 0.5, -0.12)
     arrow(axes, (5.85, 0.95), (7.4, 2.45), "$r$", 0.16, -0.1)
-    axes.text(4.0, 0.2, "The gold score is outside: only the eval script computes it.", ha="center", va="center", fontsize=9.5)
+    axes.text(4.0, 0.2, "The gold score is outside: training never sees it.", ha="center", va="center", fontsize=9.5)
     back(axes, (7.15, 3.25), (2.92, 3.25), 3.65, "gradient (Eq. 7)")
     save(figure, REPO / "reinforce_rlhf" / "figures" / "diagram.png")
 
