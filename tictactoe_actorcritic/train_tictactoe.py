@@ -82,25 +82,25 @@ def hp(default, help, **rule):
 class Config:
     seed: int = hp(1, "same seed, same run", low=0, high=2**31 - 1)
     updates: int = hp(4000, "gradient steps. Too low: errors are left", low=1)
-    games: int = hp(1024, "B, games per update. Too low: a lucky game teaches a bad move. Too "
-                    "high: few updates a minute", low=2, high=1_000_000)
-    lr: float = hp(3e-3, "α, Adam's step size, falls to 0 during the run. Too high: entropy drops "
-                   "at once and mistakes freeze. Too low: losing lines are left", low=1e-12)
-    ent_coef: float = hp(0.2, "c_e, entropy bonus, falls to 0 during the run. Too low: stops "
-                         "looking for better moves. Too high: never commits", low=0)
+    games: int = hp(1024, "B, games per update. Too low: errors are left in rare positions",
+                    low=2, high=1_000_000)
+    lr: float = hp(3e-3, "α, Adam's step size, falls to 0 during the run. Too low: errors are left",
+                   low=1e-12)
+    ent_coef: float = hp(0.2, "c_e, entropy bonus, falls to 0 during the run. Too low: a few errors "
+                         "are left in rare positions", low=0)
     vf_coef: float = hp(0.5, "c_v, weight of the critic's loss. Adam ignores a constant factor; "
                         "it only shares out max_grad_norm between actor and critic", low=0)
     max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", low=1e-12)
-    opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: rare "
-                                "replies never occur. 1: setting traps wins most", low=0, high=1)
+    opponent_random: float = hp(0.1, "share of the opponent's moves that are random. 0: no damage "
+                                "here. 1: losing lines are left", low=0, high=1)
     exploring_starts: float = hp(1.0, "share of games that start from a random position, with any "
-                                 "number of stones. 0: unusual positions stay unlearned",
+                                 "number of stones. 0: errors are left in rare positions",
                                  low=0, high=1)
     views: int = hp(8, "how many of the 8 rotations and reflections of a board the players see. "
-                    "1: each position is learnt by itself", low=1, high=8)
-    pool: int = hp(20, "frozen earlier selves kept as opponents, the newest ones. 1: may go round "
-                   "in circles", low=1)
-    hidden: int = hp(256, "units in each of the two hidden layers. Too low: cannot hold all "
+                    "1: no damage here", low=1, high=8)
+    pool: int = hp(20, "frozen earlier selves kept as opponents, the newest ones. 1: no damage "
+                   "here", low=1)
+    hidden: int = hp(256, "units in each of the two hidden layers. Too low: errors are left in rare "
                      "positions", low=1, high=65536)
     pool_every: int = hp(100, "updates between additions to the pool", low=1)
     eval_every: int = hp(50, "updates between proofs", low=1)
