@@ -100,8 +100,8 @@ class Config:
                     "1: no damage here", low=1, high=8)
     pool: int = hp(20, "frozen earlier selves kept as opponents, the newest ones. 1: no damage "
                    "here", low=1)
-    hidden: int = hp(256, "units in each of the two hidden layers. Too low: errors are left in rare "
-                     "positions", low=1, high=65536)
+    hidden: int = hp(256, "units in each of the two hidden layers. Too low: errors are left in "
+                     "rare positions", low=1, high=65536)
     pool_every: int = hp(100, "updates between additions to the pool", low=1)
     eval_every: int = hp(50, "updates between proofs", low=1)
     broken: str = hp("", "remove one ingredient and watch: " + ", ".join(BREAKS), flag="--break",
