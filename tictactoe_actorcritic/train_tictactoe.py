@@ -86,8 +86,8 @@ class Config:
                     low=2, high=1_000_000)
     lr: float = hp(3e-3, "α, Adam's step size, falls to 0 during the run. Too low: errors are left",
                    low=1e-12)
-    ent_coef: float = hp(0.2, "c_e, entropy bonus, falls to 0 during the run. Too low: a few errors "
-                         "are left in rare positions", low=0)
+    ent_coef: float = hp(0.2, "c_e, entropy bonus, falls to 0 during the run. Too low: a few "
+                         "errors are left in rare positions", low=0)
     vf_coef: float = hp(0.5, "c_v, weight of the critic's loss. Adam ignores a constant factor; "
                         "it only shares out max_grad_norm between actor and critic", low=0)
     max_grad_norm: float = hp(0.5, "gradient norm above which the step is shortened", low=1e-12)
