@@ -108,8 +108,8 @@ class Config:
     ent_coef: float = hp(0.0, "c in loss − c·H. Negative: entropy is punished (the thesis: −0.1)",
                          low=-100, high=100)
     # Sampling
-    updates: int = hp(100, "batches of answers. 30 batches of 256 come near", low=1)
-    batch_size: int = hp(512, "B, answers per update. 32 come near. Too high: slow", low=1)
+    updates: int = hp(100, "batches of answers. 30 of 256 answers are nearly as good", low=1)
+    batch_size: int = hp(512, "B, answers per update. 32 are nearly as good. Too high: slow", low=1)
     group_size: int = hp(4, "G, answers per problem; default 1 if the method is not dr_grpo", low=1)
     max_new_tokens: int = hp(40, "L_max, tokens after which an answer is cut off", low=1)
     temperature: float = hp(1.0, "logits are divided by it, in sampling and in training", low=1e-12)

@@ -105,11 +105,11 @@ class Config:
                         "answers to the prompt (rloo)", choices=("reinforce", "rloo"))
     baseline: str = hp("ema", "of reinforce: moving average that forgets (ema), or the mean of all "
                        "earlier batches (mean, the paper's)", choices=("ema", "mean"))
-    kl_coef: float = hp(0.2, "β, price of a nat of KL. 0: the text breaks. Too high: little moves",
+    kl_coef: float = hp(0.2, "β, price of a nat of KL. 0: the text breaks. Too high: no progress",
                         low=0)
     gamma: float = hp(1.0, "γ, discount per token that follows; 1: none", low=1e-12, high=1)
     # The optimizer
-    lr: float = hp(5e-4, "α, AdamW's step size. Too high: empty answers. Too low: little moves. "
+    lr: float = hp(5e-4, "α, AdamW's step size. Too high: empty answers. Too low: slow. "
                    "1e-6 to 1e-5 for 135 M parameters", low=1e-12)
     max_grad_norm: float = hp(1.0, "a longer gradient is shortened to this norm", low=1e-12)
     micro_batch: int = hp(32, "answers per forward pass: memory and speed, not the result", low=1)

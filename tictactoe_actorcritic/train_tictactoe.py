@@ -1,7 +1,7 @@
 """Actor-critic self-play on Tic-Tac-Toe: learn against your own past, then prove you never lose.
 
-    python train_tictactoe.py           about three minutes; expect 0 losing lines (no sequence of
-                                        moves beats it) and, in all 4,520 positions, no move that is
+    python train_tictactoe.py           about three minutes; expect 0 losing lines (no play beats
+                                        it) and, in all 4,520 positions, no move that is
                                         worse than minimax would make
     python train_tictactoe.py --help    every hyperparameter, with the symptom of a wrong value
 
@@ -28,9 +28,9 @@ The equations (README.md derives them)
 
 The actor is the policy. The critic, V, is a second network that guesses z from the board. It is the
 baseline of lesson 1, now learnt for each board. On-policy: an update uses only moves that the
-current actor itself has sampled, since Eq. 4 holds for these alone. A losing line is a sequence of
-moves that ends with a defeat of the agent. A position is reachable if it can occur while the agent
-plays its own moves.
+current actor itself has sampled, since Eq. 4 holds for these alone. The greedy agent plays its most
+probable move. A losing line is a game that it loses. A position is reachable if it can occur while
+it plays. An error is a move that is worse than minimax would make.
 
 New since lesson 1 (CartPole): an environment of our own; a critic; two players; masked actions; a
 proof instead of a win rate. Deliberately left out: search (looking ahead), replay (using old games
