@@ -1,6 +1,6 @@
 """REINFORCE for RLHF: make answers with a high reward more likely, and stay near the start.
 
-    python train_reinforce_rlhf.py --level 1      6 minutes on one core: reward model, then policy
+    python train_reinforce_rlhf.py --level 1      7 minutes on one core: reward model, then policy
     python train_reinforce_rlhf.py --level 2      with a reward model that grades from 1 to 10
     python train_reinforce_rlhf.py --skip-reward-training --estimator rloo     shipped reward model
     python train_reinforce_rlhf.py --config config_full_size.yaml    SmolLM2-135M (hub, a GPU)

@@ -1,6 +1,6 @@
 """A reward model: learn from pairs of answers which one people prefer.
 
-    python train_reward_model.py                   3 minutes on one core: one number per answer
+    python train_reward_model.py                   4 minutes on one core: one number per answer
     python train_reward_model.py --level 2         a distribution over the grades from 1 to 10
     python train_reward_model.py --dataset my_pairs.jsonl    prompt, chosen and rejected per line
     python train_reward_model.py --level 2 --break upper-triangle      a famous bug: see README.md
