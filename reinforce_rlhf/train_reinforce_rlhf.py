@@ -1037,7 +1037,7 @@ def main():
     log = tqdm.write if loud else lambda text: None
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     log(f"REINFORCE · {versions} · {accelerator.device} × {processes} · seed {config.seed}")
-    log("expect with the default settings: 6 minutes, and a win rate above 80 %"
+    log("expect with the default settings: 7 minutes, and a win rate above 80 %"
         + (f" · BROKEN: {config.broken}" if config.broken else ""))
     try:
         if accelerator.is_main_process and not (config.reward_model or (out / PART_1).is_dir()):
