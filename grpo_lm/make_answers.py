@@ -28,6 +28,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
+# What a run's config.json must hold, each with a value of the right type
+SETTINGS = dict(model="random", reward_input="auto", prompt="What is sleep?", prompts="",
+                max_new_tokens=8, temperature=1.0)
 
 
 # ---- answers --------------------------------------------------------------------------------
@@ -401,15 +404,16 @@ def write(path, content):
 def find_policy(weights):
     """(directory of a policy, configuration of its run) for a policy, a run, "latest", "random"."""
     if weights == "random":
-        return "random", dict(model="random", reward_input="auto", prompt="What is sleep?",
-                              max_new_tokens=8, temperature=1.0)
+        return "random", SETTINGS
     path = newest_run("policy") if weights == "latest" else Path(weights)
     path = path / "policy" if (path / "policy").is_dir() else path
     try:
-        return path, json.loads((path.parent / "config.json").read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        fail(f"{weights} is no policy or run of train_grpo.py: {path.parent} has no config.json; "
-             "omit --weights for the shipped policy")
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf8"))
+        assert all(type(config[name]) is type(value) for name, value in SETTINGS.items())
+        return path, config
+    except Exception:                 # Python raises many kinds; the remedy is one
+        fail(f"{weights} is no policy or run of train_grpo.py: in {path.parent} config.json is "
+             "missing or damaged; omit --weights for the shipped policy")
 
 
 def load_both(path, config):

@@ -17,6 +17,7 @@ length (tokens), problems (how many).
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "matplotlib==3.11.2"]
 # ///
 import argparse
+import csv
 import json
 import math
 import os
@@ -322,10 +323,25 @@ def report(config, model, tokenizer, name, problems, args):
 
 # ---- a run that has just ended ----------------------------------------------------------------
 
-def verdict(out, config):
-    """Draws curve.png into the directory of a run; prints whether it reached the target."""
-    result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-    plot_curve(out, config)
+def open_run(out):
+    """The result in train.json of a finished run; draws its curve.png."""
+    try:
+        # A pipe in a file's place would never end
+        names = ("config.json", "train.json", "metrics.csv", "tests.csv")
+        assert all((out / name).is_file() for name in names)
+        config = json.loads((out / "config.json").read_text(encoding="utf8"))
+        result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
+        # A number where a number is needed: else a file is damaged, or of another script
+        numbers = [result["train_seconds"], *[test["greedy_accuracy"] for test in result["tests"]]]
+        assert len(numbers) > 1 and all(math.isfinite(number) for number in numbers)
+        plot_curve(out, config)
+        return result
+    except Exception as problem:      # Python raises many kinds; the remedy is one
+        fail(f"--run {out} is no finished run of train_kl_bernoulli.py ({problem!r})")
+
+
+def verdict(out, result):
+    """Prints whether a run reached the target."""
     tests = [test["greedy_accuracy"] for test in result["tests"]]
     reached = "reached" if tests[-1] >= tests[0] + TARGET else "missed"
     print(f"greedy test: {tests[0]:.1%} before, {max(tests):.1%} at best, {tests[-1]:.1%} at the "
@@ -334,11 +350,16 @@ def verdict(out, config):
     print(f"Look at {out / 'curve.png'}, and at its answers: {shlex.join(show)}")
 
 
+def columns_of(path):
+    """{name of a column: its numbers} of a CSV file."""
+    rows = list(csv.DictReader(path.read_text(encoding="utf8").splitlines()))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
 def plot_curve(out, config):
     """Accuracy, entropy, length and loss by update."""
     from matplotlib.figure import Figure
-    metrics, tests = [np.genfromtxt(out / f"{name}.csv", delimiter=",", names=True, ndmin=1)
-                      for name in ("metrics", "tests")]
+    metrics, tests = columns_of(out / "metrics.csv"), columns_of(out / "tests.csv")
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots(2, 2)
     for axis, name in zip(axes.flat, ("sampled_accuracy", "entropy", "completion_length", "loss")):
@@ -347,8 +368,8 @@ def plot_curve(out, config):
     axes[0, 0].plot(tests["update"], tests["greedy_accuracy"], "C1o-", label="greedy, tests")
     axes[0, 0].axhline(tests["greedy_accuracy"][0] + TARGET, color="0.4", ls="--", label="target")
     axes[0, 0].legend(fontsize=9)
-    figure.suptitle(f"{config.method}, c = {config.ent_coef}, seed {config.seed}"
-                    + "   BROKEN: " * bool(config.broken) + config.broken)
+    broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
+    figure.suptitle(f"{config['method']}, c = {config['ent_coef']}, seed {config['seed']}{broken}")
     figure.savefig(out / "curve.png.part", format="png", dpi=110)
     os.replace(out / "curve.png.part", out / "curve.png")
 
@@ -362,7 +383,9 @@ def find_policy(name):
     stored = path.parent / "config.json"
     try:
         settings = json.loads(stored.read_text(encoding="utf8")) if stored.is_file() else {}
-        return path, SimpleNamespace(**DEFAULTS | settings)
+        settings = DEFAULTS | settings
+        assert all(type(settings[name]) is type(value) for name, value in DEFAULTS.items())
+        return path, SimpleNamespace(**settings)
     except Exception:                 # Python raises many kinds; the remedy is one
         fail(f"{stored} is not readable; take another copy of the run")
 
@@ -425,8 +448,7 @@ def main():
     torch.manual_seed(args.seed)                      # for --weights random
     if args.run:                                      # as every run was judged in STUDY.md
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
-        if not (out / "train.json").exists():
-            fail(f"--run {out} is no run that has ended: it has no train.json")
+        result = open_run(out)
         args.samples, args.seed, args.json, args.weights = 8, 0, out / "eval.json", out / "policy"
     fresh = args.weights == "random"
     path, config = find_policy(HERE / "weights" / "base" if fresh else args.weights)
@@ -446,7 +468,7 @@ def main():
     if args.json:
         write(args.json, json.dumps(figures[0], indent=1) + "\n")
     if args.run:
-        verdict(out, config)
+        verdict(out, result)
 
 
 if __name__ == "__main__":

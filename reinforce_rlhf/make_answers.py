@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.cache_utils import DynamicLayer
 
 HERE = Path(__file__).resolve().parent
-# What a run's config.json may lack; the run of a reward model has no sampling
-DEFAULTS = dict(level=1, model="", reward_model="", max_length=128, max_new_tokens=64,
+# What a run's config.json must hold, each with a value of the right type
+SETTINGS = dict(level=1, model="", reward_model="", max_length=128, max_new_tokens=64,
                 temperature=1.0, repetition_penalty=1.0)
 
 
@@ -474,15 +474,16 @@ def write(path, content):
 def find_policy(weights):
     """(directory of a policy, configuration of its run) for a policy, a run, "latest", "random"."""
     if weights == "random":
-        return "random", DEFAULTS | dict(model="random", reward_model="random", max_new_tokens=8)
+        return "random", SETTINGS | dict(model="random", reward_model="random", max_new_tokens=8)
     path = newest_run("policy") if weights == "latest" else Path(weights)
     path = path / "policy" if (path / "policy").is_dir() else path
     try:
         config = json.loads((path.parent / "config.json").read_text(encoding="utf8"))
-        return path, DEFAULTS | config
-    except (OSError, ValueError, TypeError):
-        fail(f"{weights} is no policy or run of train_reinforce_rlhf.py: {path.parent} has no "
-             "config.json; omit --weights for the shipped policy")
+        assert all(type(config[name]) is type(value) for name, value in SETTINGS.items())
+        return path, config
+    except Exception:                 # Python raises many kinds; the remedy is one
+        fail(f"{weights} is no policy or run of train_reinforce_rlhf.py: in {path.parent} "
+             "config.json is missing or damaged; omit --weights for the shipped policy")
 
 
 def find_reward_model(path, config):

@@ -244,20 +244,20 @@ def reward_model_line(rows, world):
 
 # ---- a finished run -----------------------------------------------------------------------------
 
-def open_run(out):
-    """(config, figures of train.json, rows of metrics.csv) of a finished run."""
+def open_run(out, world):
+    """(config, figures of train.json) of a finished run; draws its curve.png."""
     try:
         # A pipe in a file's place would never end
         assert all((out / name).is_file() for name in ("config.json", "train.json", "metrics.csv"))
         config = json.loads((out / "config.json").read_text(encoding="utf8"))
         train = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
         rows = list(csv.DictReader((out / "metrics.csv").read_text("utf8").splitlines()))
-        # Numbers where numbers are needed: else a file is damaged, or of another script
-        numbers = [config["seed"], train["train_seconds"], *rows[0].values(), *rows[-1].values()]
-        assert all(math.isfinite(float(number or 0)) for number in numbers)
-        return config, train, rows
-    except Exception:                 # Python raises many kinds; the remedy is one
-        fail(f"--run {out} is not the directory of a finished run of one of the trainers")
+        # A number where a number is needed: else a file is damaged, or of another script
+        assert math.isfinite(config["seed"]) and math.isfinite(train["train_seconds"])
+        plot_curve(out / "curve.png", rows, gold_curve(out, world), config)
+        return config, train
+    except Exception as problem:      # Python raises many kinds; the remedy is one
+        fail(f"--run {out} is no finished run of one of the trainers ({problem!r})")
 
 
 def next_step(out, train):
@@ -272,6 +272,7 @@ def gold_curve(out, world):
     prompt is of another world. Training has never seen these scores."""
     means = {}
     for path in sorted(out.glob("samples/*.jsonl")):
+        assert path.is_file() and path.stat().st_size       # a pipe would never end
         scores = column(read_answers(path, world), "gold")
         if None in scores:
             return {}
@@ -414,7 +415,7 @@ def main():
     out, config, files = None, dict(seed=0, estimator=""), [args.json] if args.json else []
     if args.run:
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
-        config, train, metrics = open_run(out)
+        config, train = open_run(out, world)
         files.append(out / "eval.json")
     policy = "estimator" in config                    # else it is the run of a reward model
     samples = 1 if args.prompt else args.samples or (2 if args.run else 4)
@@ -436,8 +437,6 @@ def main():
         log(reward_model_line(pairs, world))
     for path in files:
         write(path, json.dumps(result, indent=1) + "\n")
-    if args.run:
-        plot_curve(out / "curve.png", metrics, gold_curve(out, world), config)
     if args.run and policy:
         log(next_step(out, train))
     if args.show and policy:

@@ -90,6 +90,36 @@ def test_a_configuration_that_lacks_a_field_is_refused(script, tmp_path):
         assert_one_line_error(call(module, "--resume", tmp_path), "must be of type", "None")
 
 
+# eval script: (settings, columns of metrics.csv, result in train.json) of a finished run
+FINISHED = {"grpo_lm/grpo_eval.py": ("grpo_lm/weights/config.json", "update,reward,kl,entropy", dict(train_seconds=1.5)),
+            "reinforce_rlhf/reinforce_rlhf_eval.py": ("reinforce_rlhf/weights/config.json", "update,reward,kl,distinct2", dict(train_seconds=1.5)),
+            "kl_bernoulli_gsm8k/kl_bernoulli_eval.py": ("kl_bernoulli_gsm8k/weights/config.json", "update,sampled_accuracy,entropy,completion_length,loss",
+                                                        dict(train_seconds=1.5, tests=[dict(greedy_accuracy=0.5)] * 2))}
+
+
+@pytest.mark.parametrize("script", FINISHED)
+def test_a_damaged_run_is_refused_before_minutes_of_sampling(script, tmp_path):
+    module, (settings, columns, result) = load(script), FINISHED[script]
+    world = [module.load_world()] if hasattr(module, "load_world") else []
+    whole = {"config.json": (REPO / settings).read_text(encoding="utf8"), "train.json": json.dumps(dict(result=result)),
+             "metrics.csv": f"{columns}\n" + "".join(f"{k}{',0.5' * columns.count(',')}\n" for k in (1, 2, 3)),
+             "tests.csv": "update,greedy_accuracy\n0,0.5\n9,0.6\n", "samples/0001.jsonl": '{"prompt": "What is sleep?", "text": "It is a rest."}\n'}
+    (tmp_path / "samples").mkdir()
+    damages = {name: ["", "[1, 2]", "{}", "a,b\n1,2\n"] for name in ("config.json", "train.json", "metrics.csv")}
+    damages["metrics.csv"] += [whole["metrics.csv"][:-2 * columns.count(",")], whole["metrics.csv"].replace("0.5", "p.5")]
+    damages["train.json"] += ['{"result": {}}', whole["train.json"].replace("1.5", "NaN")]
+    damages["config.json"] += [whole["config.json"].replace("broken", "brokeo")]
+    damages |= {"samples/0001.jsonl": ["", "{", "[]", "{}"]} if world else {"tests.csv": ["", "a,b\n1,2\n"]}
+    for name in [None, *damages]:
+        for damage in damages.get(name, [None]):
+            for file, text in whole.items():
+                (tmp_path / file).write_text(text if file != name else damage, encoding="utf8")
+            if name:
+                assert_one_line_error(call(module, "--run", tmp_path), f"--run {tmp_path} is no finished run of")
+            else:
+                assert module.open_run(tmp_path, *world) and (tmp_path / "curve.png").stat().st_size > 10_000
+
+
 def code_of(pattern="*/*.py"):
     """{relative path: text} of the lessons' scripts."""
     return {str(path.relative_to(REPO)): path.read_text(encoding="utf8") for path in sorted(REPO.glob(pattern)) if path.parent.name != "tests"}

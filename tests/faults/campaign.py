@@ -414,7 +414,7 @@ def judged(name, every, work, rng):
     status, output = run(script, [*flags, "--out", whole], work / "log")
     assert status == 0, output
     names = ("config.json", "train.json", "metrics.csv", "tests.csv", "best.pt", "policy/model.safetensors", "policy/config.json")
-    for file in [whole / name for name in names if (whole / name).exists()]:
+    for file in [*[whole / name for name in names if (whole / name).exists()], *sorted(whole.glob("samples/*.jsonl"))[-1:]]:
         for kind, what in damages(file, rng, work / "canary").items():
             if rng.random() > 1 / every:
                 continue
