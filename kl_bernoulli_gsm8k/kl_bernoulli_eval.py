@@ -17,7 +17,6 @@ length (tokens), problems (how many).
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "matplotlib==3.11.2"]
 # ///
 import argparse
-import csv
 import json
 import math
 import os
@@ -310,11 +309,8 @@ def report(config, model, tokenizer, name, problems, args):
                    pass_at_8=pass_at(right, min(8, N)), entropy=float(np.mean(sampled["entropy"])),
                    length=float(np.mean(sampled["length"])), problems=len(problems))
     passes = [f", pass@{k} {pass_at(right, k):.1%}" for k in (2, 4, 8, 16) if k <= N]
-    steps = np.array([problem.steps for problem in problems])           # [P]
-    parts = [f"{n}: {first[steps == n].mean():.0%} of {sum(steps == n)}" for n in np.unique(steps)]
-    print(f"{TITLES[name]} ({len(problems)}): greedy {first.mean():.1%} · sampled at T = {T}: "
-          f"{right.mean():.1%}{''.join(passes)} · length {figures['length']:.1f} · entropy "
-          f"{figures['entropy']:.3f}\n    greedy by steps: {', '.join(parts)}")
+    print(f"{TITLES[name]} ({len(first)}): greedy {first.mean():.1%} · T = {T}: {right.mean():.1%}"
+          f"{''.join(passes)} · length {figures['length']:.1f} · entropy {figures['entropy']:.3f}")
     for problem, text, one in zip(problems[:args.show], greedy["texts"], first):
         print(f"\n{problem.question} [{problem.result}]\n  {'right' if one else 'WRONG'}: "
               + " ".join(text.split()))
@@ -323,43 +319,28 @@ def report(config, model, tokenizer, name, problems, args):
 
 # ---- a run that has just ended ----------------------------------------------------------------
 
-def open_run(out):
-    """The result in train.json of a finished run; draws its curve.png."""
+def verdict(out, config):
+    """Draws curve.png into the directory of a run; prints whether it reached the target."""
     try:
-        # A pipe in a file's place would never end
-        names = ("config.json", "train.json", "metrics.csv", "tests.csv")
-        assert all((out / name).is_file() for name in names)
-        config = json.loads((out / "config.json").read_text(encoding="utf8"))
-        result = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        # A number where a number is needed: else a file is damaged, or of another script
-        numbers = [result["train_seconds"], *[test["greedy_accuracy"] for test in result["tests"]]]
-        assert len(numbers) > 1 and all(math.isfinite(number) for number in numbers)
+        # Nothing is in a pipe or an empty file, and reading a pipe would never end
+        assert all(file.stat().st_size for file in [*out.glob("*.json"), *out.glob("*.csv")])
+        run = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
+        tests = [test["greedy_accuracy"] for test in run["tests"]]
+        reached = "reached" if tests[-1] >= tests[0] + TARGET else "missed"
+        line = (f"greedy test: {tests[0]:.1%} before, {max(tests):.1%} at best, {tests[-1]:.1%} at "
+                f"the end; target {tests[0] + TARGET:.1%} {reached}; {run['train_seconds']:.0f} s")
         plot_curve(out, config)
-        return result
     except Exception as problem:      # Python raises many kinds; the remedy is one
         fail(f"--run {out} is no finished run of train_kl_bernoulli.py ({problem!r})")
-
-
-def verdict(out, result):
-    """Prints whether a run reached the target."""
-    tests = [test["greedy_accuracy"] for test in result["tests"]]
-    reached = "reached" if tests[-1] >= tests[0] + TARGET else "missed"
-    print(f"greedy test: {tests[0]:.1%} before, {max(tests):.1%} at best, {tests[-1]:.1%} at the "
-          f"end; target {tests[0] + TARGET:.1%} {reached}; {result['train_seconds']:.0f} s")
     show = [sys.executable, str(Path(__file__).resolve()), "--weights", str(out), "--show", "3"]
-    print(f"Look at {out / 'curve.png'}, and at its answers: {shlex.join(show)}")
-
-
-def columns_of(path):
-    """{name of a column: its numbers} of a CSV file."""
-    rows = list(csv.DictReader(path.read_text(encoding="utf8").splitlines()))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    print(f"{line}\nLook at {out / 'curve.png'}, and at its answers: {shlex.join(show)}")
 
 
 def plot_curve(out, config):
     """Accuracy, entropy, length and loss by update."""
     from matplotlib.figure import Figure
-    metrics, tests = columns_of(out / "metrics.csv"), columns_of(out / "tests.csv")
+    metrics, tests = [np.genfromtxt(out / f"{name}.csv", delimiter=",", names=True, ndmin=1)
+                      for name in ("metrics", "tests")]
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots(2, 2)
     for axis, name in zip(axes.flat, ("sampled_accuracy", "entropy", "completion_length", "loss")):
@@ -368,8 +349,8 @@ def plot_curve(out, config):
     axes[0, 0].plot(tests["update"], tests["greedy_accuracy"], "C1o-", label="greedy, tests")
     axes[0, 0].axhline(tests["greedy_accuracy"][0] + TARGET, color="0.4", ls="--", label="target")
     axes[0, 0].legend(fontsize=9)
-    broken = f"   BROKEN: {config['broken']}" if config["broken"] else ""
-    figure.suptitle(f"{config['method']}, c = {config['ent_coef']}, seed {config['seed']}{broken}")
+    broken = f"   BROKEN: {config.broken}" if config.broken else ""
+    figure.suptitle(f"{config.method}, c = {config.ent_coef}, seed {config.seed}{broken}")
     figure.savefig(out / "curve.png.part", format="png", dpi=110)
     os.replace(out / "curve.png.part", out / "curve.png")
 
@@ -382,8 +363,7 @@ def find_policy(name):
     path = path / "policy" if (path / "policy").is_dir() else path
     stored = path.parent / "config.json"
     try:
-        settings = json.loads(stored.read_text(encoding="utf8")) if stored.is_file() else {}
-        settings = DEFAULTS | settings
+        settings = DEFAULTS | (json.loads(stored.read_text("utf8")) if stored.is_file() else {})
         assert all(type(settings[name]) is type(value) for name, value in DEFAULTS.items())
         return path, SimpleNamespace(**settings)
     except Exception:                 # Python raises many kinds; the remedy is one
@@ -448,10 +428,11 @@ def main():
     torch.manual_seed(args.seed)                      # for --weights random
     if args.run:                                      # as every run was judged in STUDY.md
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
-        result = open_run(out)
         args.samples, args.seed, args.json, args.weights = 8, 0, out / "eval.json", out / "policy"
     fresh = args.weights == "random"
     path, config = find_policy(HERE / "weights" / "base" if fresh else args.weights)
+    if args.run:                                      # first: it refuses a damaged run
+        verdict(out, config)
     for name in ("data", "instruction", "max_new_tokens"):
         if vars(args)[name] is not None:
             setattr(config, name, vars(args)[name])
@@ -467,8 +448,6 @@ def main():
     figures = [report(config, model, tokenizer, name, sets[name][:limit], args) for name in names]
     if args.json:
         write(args.json, json.dumps(figures[0], indent=1) + "\n")
-    if args.run:
-        verdict(out, result)
 
 
 if __name__ == "__main__":

@@ -106,18 +106,20 @@ def test_a_damaged_run_is_refused_before_minutes_of_sampling(script, tmp_path):
              "tests.csv": "update,greedy_accuracy\n0,0.5\n9,0.6\n", "samples/0001.jsonl": '{"prompt": "What is sleep?", "text": "It is a rest."}\n'}
     (tmp_path / "samples").mkdir()
     damages = {name: ["", "[1, 2]", "{}", "a,b\n1,2\n"] for name in ("config.json", "train.json", "metrics.csv")}
-    damages["metrics.csv"] += [whole["metrics.csv"][:-2 * columns.count(",")], whole["metrics.csv"].replace("0.5", "p.5")]
-    damages["train.json"] += ['{"result": {}}', whole["train.json"].replace("1.5", "NaN")]
+    damages["metrics.csv"] += [whole["metrics.csv"][:-2 * columns.count(",")]]
+    damages["train.json"] += ['{"result": {}}', whole["train.json"].replace("1.5", "null")]
     damages["config.json"] += [whole["config.json"].replace("broken", "brokeo")]
     damages |= {"samples/0001.jsonl": ["", "{", "[]", "{}"]} if world else {"tests.csv": ["", "a,b\n1,2\n"]}
-    for name in [None, *damages]:
+    for name in [*damages, None]:                         # None: the run is whole
         for damage in damages.get(name, [None]):
             for file, text in whole.items():
                 (tmp_path / file).write_text(text if file != name else damage, encoding="utf8")
             if name:
-                assert_one_line_error(call(module, "--run", tmp_path), f"--run {tmp_path} is no finished run of")
+                assert_one_line_error(call(module, "--run", tmp_path), str(tmp_path))
+                assert not (tmp_path / "curve.png").exists()
             else:
-                assert module.open_run(tmp_path, *world) and (tmp_path / "curve.png").stat().st_size > 10_000
+                module.open_run(tmp_path, *world) if world else call(module, "--run", tmp_path)
+                assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def code_of(pattern="*/*.py"):
