@@ -309,8 +309,11 @@ def report(config, model, tokenizer, name, problems, args):
                    pass_at_8=pass_at(right, min(8, N)), entropy=float(np.mean(sampled["entropy"])),
                    length=float(np.mean(sampled["length"])), problems=len(problems))
     passes = [f", pass@{k} {pass_at(right, k):.1%}" for k in (2, 4, 8, 16) if k <= N]
-    print(f"{TITLES[name]} ({len(first)}): greedy {first.mean():.1%} · T = {T}: {right.mean():.1%}"
-          f"{''.join(passes)} · length {figures['length']:.1f} · entropy {figures['entropy']:.3f}")
+    steps = np.array([problem.steps for problem in problems])           # [P]
+    parts = [f"{n}: {first[steps == n].mean():.0%} of {sum(steps == n)}" for n in np.unique(steps)]
+    print(f"{TITLES[name]} ({len(problems)}): greedy {first.mean():.1%} · sampled at T = {T}: "
+          f"{right.mean():.1%}{''.join(passes)} · length {figures['length']:.1f} · entropy "
+          f"{figures['entropy']:.3f}\n    greedy by steps: {', '.join(parts)}")
     for problem, text, one in zip(problems[:args.show], greedy["texts"], first):
         print(f"\n{problem.question} [{problem.result}]\n  {'right' if one else 'WRONG'}: "
               + " ".join(text.split()))
@@ -322,32 +325,31 @@ def report(config, model, tokenizer, name, problems, args):
 def verdict(out, config):
     """Draws curve.png into the directory of a run; prints whether it reached the target."""
     try:
-        # Nothing is in a pipe or an empty file, and reading a pipe would never end
-        assert all(file.stat().st_size for file in [*out.glob("*.json"), *out.glob("*.csv")])
+        # A pipe, whose size is 0, and gigabytes would take for ever
+        assert all(0 < (out / name).stat().st_size < 1e8 for name in ("train.json", "metrics.csv"))
         run = json.loads((out / "train.json").read_text(encoding="utf8"))["result"]
-        tests = [test["greedy_accuracy"] for test in run["tests"]]
+        when, tests = zip(*[(test["update"], test["greedy_accuracy"]) for test in run["tests"]])
         reached = "reached" if tests[-1] >= tests[0] + TARGET else "missed"
         line = (f"greedy test: {tests[0]:.1%} before, {max(tests):.1%} at best, {tests[-1]:.1%} at "
                 f"the end; target {tests[0] + TARGET:.1%} {reached}; {run['train_seconds']:.0f} s")
-        plot_curve(out, config)
+        plot_curve(out, config, when, tests)
     except Exception as problem:      # Python raises many kinds; the remedy is one
         fail(f"--run {out} is no finished run of train_kl_bernoulli.py ({problem!r})")
     show = [sys.executable, str(Path(__file__).resolve()), "--weights", str(out), "--show", "3"]
     print(f"{line}\nLook at {out / 'curve.png'}, and at its answers: {shlex.join(show)}")
 
 
-def plot_curve(out, config):
-    """Accuracy, entropy, length and loss by update."""
+def plot_curve(out, config, when, tests):
+    """Accuracy, entropy, length and loss by update; when, tests: updates and results of tests."""
     from matplotlib.figure import Figure
-    metrics, tests = [np.genfromtxt(out / f"{name}.csv", delimiter=",", names=True, ndmin=1)
-                      for name in ("metrics", "tests")]
+    metrics = np.genfromtxt(out / "metrics.csv", delimiter=",", names=True, ndmin=1)
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots(2, 2)
     for axis, name in zip(axes.flat, ("sampled_accuracy", "entropy", "completion_length", "loss")):
         axis.plot(metrics["update"], metrics[name], label="sampled, training problems")
         axis.set(title=name.replace("_", " "), xlabel="update")
-    axes[0, 0].plot(tests["update"], tests["greedy_accuracy"], "C1o-", label="greedy, tests")
-    axes[0, 0].axhline(tests["greedy_accuracy"][0] + TARGET, color="0.4", ls="--", label="target")
+    axes[0, 0].plot(when, tests, "C1o-", label="greedy, tests")
+    axes[0, 0].axhline(tests[0] + TARGET, color="0.4", linestyle="--", label="target")
     axes[0, 0].legend(fontsize=9)
     broken = f"   BROKEN: {config.broken}" if config.broken else ""
     figure.suptitle(f"{config.method}, c = {config.ent_coef}, seed {config.seed}{broken}")
@@ -357,15 +359,18 @@ def plot_curve(out, config):
 
 # ---- the command line -------------------------------------------------------------------------
 
-def find_policy(name):
-    """(directory of the model, settings of its run) for a path, a run's directory, or latest."""
+def find_policy(name, given):
+    """(directory of the model, settings) for a path, a run's directory, or latest.
+
+    The settings are those of the model's run; `given`, a dictionary of flags, overrides them.
+    """
     path = newest_run("train.json") if name == "latest" else Path(name)
     path = path / "policy" if (path / "policy").is_dir() else path
     stored = path.parent / "config.json"
     try:
         settings = DEFAULTS | (json.loads(stored.read_text("utf8")) if stored.is_file() else {})
         assert all(type(settings[name]) is type(value) for name, value in DEFAULTS.items())
-        return path, SimpleNamespace(**settings)
+        return path, SimpleNamespace(**settings | given)
     except Exception:                 # Python raises many kinds; the remedy is one
         fail(f"{stored} is not readable; take another copy of the run")
 
@@ -430,12 +435,10 @@ def main():
         out = newest_run("train.json") if args.run == "latest" else Path(args.run)
         args.samples, args.seed, args.json, args.weights = 8, 0, out / "eval.json", out / "policy"
     fresh = args.weights == "random"
-    path, config = find_policy(HERE / "weights" / "base" if fresh else args.weights)
+    given = {k: flag for k, flag in vars(args).items() if k in DEFAULTS and flag is not None}
+    path, config = find_policy(HERE / "weights" / "base" if fresh else args.weights, given)
     if args.run:                                      # first: it refuses a damaged run
         verdict(out, config)
-    for name in ("data", "instruction", "max_new_tokens"):
-        if vars(args)[name] is not None:
-            setattr(config, name, vars(args)[name])
     model, tokenizer = open_model(path, fresh)
     if args.prompt:
         asked = Problem(args.prompt, None, 0)

@@ -94,7 +94,7 @@ def test_a_configuration_that_lacks_a_field_is_refused(script, tmp_path):
 FINISHED = {"grpo_lm/grpo_eval.py": ("grpo_lm/weights/config.json", "update,reward,kl,entropy", dict(train_seconds=1.5)),
             "reinforce_rlhf/reinforce_rlhf_eval.py": ("reinforce_rlhf/weights/config.json", "update,reward,kl,distinct2", dict(train_seconds=1.5)),
             "kl_bernoulli_gsm8k/kl_bernoulli_eval.py": ("kl_bernoulli_gsm8k/weights/config.json", "update,sampled_accuracy,entropy,completion_length,loss",
-                                                        dict(train_seconds=1.5, tests=[dict(greedy_accuracy=0.5)] * 2))}
+                                                        dict(train_seconds=1.5, tests=[dict(update=0, greedy_accuracy=0.5)] * 2))}
 
 
 @pytest.mark.parametrize("script", FINISHED)
@@ -103,13 +103,13 @@ def test_a_damaged_run_is_refused_before_minutes_of_sampling(script, tmp_path):
     world = [module.load_world()] if hasattr(module, "load_world") else []
     whole = {"config.json": (REPO / settings).read_text(encoding="utf8"), "train.json": json.dumps(dict(result=result)),
              "metrics.csv": f"{columns}\n" + "".join(f"{k}{',0.5' * columns.count(',')}\n" for k in (1, 2, 3)),
-             "tests.csv": "update,greedy_accuracy\n0,0.5\n9,0.6\n", "samples/0001.jsonl": '{"prompt": "What is sleep?", "text": "It is a rest."}\n'}
+             "samples/0001.jsonl": '{"prompt": "What is sleep?", "text": "It is a rest."}\n'}
     (tmp_path / "samples").mkdir()
     damages = {name: ["", "[1, 2]", "{}", "a,b\n1,2\n"] for name in ("config.json", "train.json", "metrics.csv")}
     damages["metrics.csv"] += [whole["metrics.csv"][:-2 * columns.count(",")]]
     damages["train.json"] += ['{"result": {}}', whole["train.json"].replace("1.5", "null")]
     damages["config.json"] += [whole["config.json"].replace("broken", "brokeo")]
-    damages |= {"samples/0001.jsonl": ["", "{", "[]", "{}"]} if world else {"tests.csv": ["", "a,b\n1,2\n"]}
+    damages |= {"samples/0001.jsonl": ["", "{", "[]", "{}"]} if world else {}
     for name in [*damages, None]:                         # None: the run is whole
         for damage in damages.get(name, [None]):
             for file, text in whole.items():

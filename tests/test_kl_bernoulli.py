@@ -499,14 +499,14 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path, data):
     out = tmp_path / "o"
     process = run(TRAIN, *TINY[:-1], "--data", data, "--out", out)
     assert process.returncode == 0, process.stderr
-    for words in ("right", "gradient", "    -> ", "before", "at best", "target", "policy, best policy and tables", "pass@8", "Look at"):
+    for words in ("right", "gradient", "    -> ", "before", "at best", "target", "policy, best policy and tables", "greedy by steps", "Look at"):
         assert words in process.stdout, words
     rows, tests = (list(csv.DictReader((out / f"{name}.csv").open())) for name in ("metrics", "tests"))
     assert len(rows) == 6 and [row["update"] for row in tests] == ["0", "2", "4", "6"]
     assert set(json.loads((out / "eval.json").read_text())) == KEYS
     assert (out / "best" / "model.safetensors").exists() and (out / "curve.png").exists()
     process = run(EVAL, "--weights", out, "--samples", "8", "--show", "1", "--json", tmp_path / "e.json")
-    assert process.returncode == 0 and "pass@8" in process.stdout, process.stderr
+    assert process.returncode == 0 and "greedy by steps" in process.stdout, process.stderr
     assert json.loads((tmp_path / "e.json").read_text()) == json.loads((out / "eval.json").read_text())
     process = call(study, "--compare", out, out, "--figure", tmp_path / "c.png")
     assert process.returncode == 0 and (tmp_path / "c.png").exists()
