@@ -323,7 +323,7 @@ def report(config, model, tokenizer, name, problems, args):
 # ---- a run that has just ended ----------------------------------------------------------------
 
 def verdict(out, config):
-    """Draws curve.png into the directory of a run; prints whether it reached the target."""
+    """Draws curve.png into the directory of a run; returns whether it reached the target."""
     try:
         # A pipe, whose size is 0, and gigabytes would take for ever
         assert all(0 < (out / name).stat().st_size < 1e8 for name in ("train.json", "metrics.csv"))
@@ -336,7 +336,7 @@ def verdict(out, config):
     except Exception as problem:      # Python raises many kinds; the remedy is one
         fail(f"--run {out} is no finished run of train_kl_bernoulli.py ({problem!r})")
     show = [sys.executable, str(Path(__file__).resolve()), "--weights", str(out), "--show", "3"]
-    print(f"{line}\nLook at {out / 'curve.png'}, and at its answers: {shlex.join(show)}")
+    return f"{line}\nLook at {out / 'curve.png'}, and at its answers: {shlex.join(show)}\n"
 
 
 def plot_curve(out, config, when, tests):
@@ -437,8 +437,7 @@ def main():
     fresh = args.weights == "random"
     given = {k: flag for k, flag in vars(args).items() if k in DEFAULTS and flag is not None}
     path, config = find_policy(HERE / "weights" / "base" if fresh else args.weights, given)
-    if args.run:                                      # first: it refuses a damaged run
-        verdict(out, config)
+    words = verdict(out, config) if args.run else ""  # now, because it refuses a damaged run
     model, tokenizer = open_model(path, fresh)
     if args.prompt:
         asked = Problem(args.prompt, None, 0)
@@ -451,6 +450,7 @@ def main():
     figures = [report(config, model, tokenizer, name, sets[name][:limit], args) for name in names]
     if args.json:
         write(args.json, json.dumps(figures[0], indent=1) + "\n")
+    print(words, end="")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPO, assert_one_line_error, call, load, run
@@ -98,9 +99,11 @@ FINISHED = {"grpo_lm/grpo_eval.py": ("grpo_lm/weights/config.json", "update,rewa
 
 
 @pytest.mark.parametrize("script", FINISHED)
-def test_a_damaged_run_is_refused_before_minutes_of_sampling(script, tmp_path):
+def test_a_damaged_run_is_refused_before_minutes_of_sampling(script, tmp_path, monkeypatch):
     module, (settings, columns, result) = load(script), FINISHED[script]
-    world = [module.load_world()] if hasattr(module, "load_world") else []
+    starts = "solve" if script.startswith("kl") else "start_answers"                # what samples
+    monkeypatch.setattr(module, starts, lambda *ignored: sys.exit(7))
+    (tmp_path / "policy").symlink_to(REPO / Path(settings).parent / "policy")
     whole = {"config.json": (REPO / settings).read_text(encoding="utf8"), "train.json": json.dumps(dict(result=result)),
              "metrics.csv": f"{columns}\n" + "".join(f"{k}{',0.5' * columns.count(',')}\n" for k in (1, 2, 3)),
              "samples/0001.jsonl": '{"prompt": "What is sleep?", "text": "It is a rest."}\n'}
@@ -109,17 +112,17 @@ def test_a_damaged_run_is_refused_before_minutes_of_sampling(script, tmp_path):
     damages["metrics.csv"] += [whole["metrics.csv"][:-2 * columns.count(",")]]
     damages["train.json"] += ['{"result": {}}', whole["train.json"].replace("1.5", "null")]
     damages["config.json"] += [whole["config.json"].replace("broken", "brokeo")]
-    damages |= {"samples/0001.jsonl": ["", "{", "[]", "{}"]} if world else {}
+    damages |= {"samples/0001.jsonl": ["", "{", "[]", "{}"]} if starts == "start_answers" else {}
     for name in [*damages, None]:                         # None: the run is whole
         for damage in damages.get(name, [None]):
             for file, text in whole.items():
                 (tmp_path / file).write_text(text if file != name else damage, encoding="utf8")
+            process = call(module, "--run", tmp_path)
             if name:
-                assert_one_line_error(call(module, "--run", tmp_path), str(tmp_path))
+                assert_one_line_error(process, str(tmp_path))
                 assert not (tmp_path / "curve.png").exists()
             else:
-                module.open_run(tmp_path, *world) if world else call(module, "--run", tmp_path)
-                assert (tmp_path / "curve.png").stat().st_size > 10_000
+                assert process.returncode == 7 and (tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def code_of(pattern="*/*.py"):
