@@ -372,7 +372,7 @@ def read_once(model, prompt_ids, prompt_mask, which):
 def generate(model, prompt_ids, prompt_mask, group_size, max_tokens, temperature, ends, generator):
     """G answers to each prompt, sampled from softmax(logits / temperature): no top-k, no top-p.
 
-    (model.generate() of transformers would add what the model's files ask for: top-k, penalties.)
+    (model.generate() of transformers adds top-k 50, and what the model's files ask for.)
     prompt_ids, prompt_mask [P, T]; ends: the ids that end an answer.
     Returns completion_ids, completion_mask, logprobs [B, L], B = P·G. The mask is 1 up to and
     including the end token. logprobs are those of the distribution sampled from, 0 after the end.
