@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Without this, every model name that is no directory waits half a minute for a hub that a test may not ask anyway
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell starts a background command deaf to Ctrl-C, and every process that a test starts would inherit that
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
