@@ -117,7 +117,7 @@ class Config:
                    choices=("squared", "cross-entropy"))
     q0: str = hp("exact", "soft value: exact (all answers are listed), mc (estimated from samples "
                  "of the reference), learned (one scalar)", choices=("exact", "mc", "learned"))
-    q0_samples: int = hp(256, "samples for --q0 mc. Too few (8): Q0 jumps, TV .2", low=1)
+    q0_samples: int = hp(256, "samples for --q0 mc. Too few (8): TV .06 to .26", low=1)
     # The optimizer
     lr: float = hp(1.5e-3, "α, Adam's step size. Too high (1.5e-2): TV .2 to 1. A tenth still gets "
                    "close. 1e-5 for a large model", low=1e-12)
