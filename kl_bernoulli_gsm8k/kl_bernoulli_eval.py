@@ -323,7 +323,7 @@ def report(config, model, tokenizer, name, problems, args):
 # ---- a run that has just ended ----------------------------------------------------------------
 
 def verdict(out, config):
-    """Draws curve.png into the directory of a run; returns whether it reached the target."""
+    """Draws curve.png into the directory of a run; returns two lines: has it reached its target?"""
     try:
         # A pipe, whose size is 0, and gigabytes would take for ever
         assert all(0 < (out / name).stat().st_size < 1e8 for name in ("train.json", "metrics.csv"))

@@ -272,7 +272,8 @@ def gold_curve(out, world):
     prompt is of another world. Training has never seen these scores."""
     means = {}
     for path in sorted(out.glob("samples/*.jsonl")):
-        assert path.is_file() and path.stat().st_size       # a pipe would never end
+        # Reading a pipe would never end, and an empty file has no mean
+        assert path.is_file() and path.stat().st_size
         scores = column(read_answers(path, world), "gold")
         if None in scores:
             return {}
